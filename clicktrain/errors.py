@@ -1,0 +1,31 @@
+"""Errors that a user can cause; the command line prints each as one line and exits with code 2."""
+
+from __future__ import annotations
+
+
+class ClickTrainError(Exception):
+    """Base of every error that a user can cause and correct."""
+
+
+class InvalidArgument(ClickTrainError, ValueError):
+    """An argument has a value that cannot work; the message names it, its value and what was expected."""
+
+
+class ConfigError(InvalidArgument):
+    """A configuration file or option is unknown, malformed or contradicts another one."""
+
+
+class DataError(ClickTrainError):
+    """A data file is missing, truncated or not what its name promises."""
+
+
+class CheckpointError(ClickTrainError):
+    """A checkpoint is missing, damaged or belongs to another run."""
+
+
+class BackendUnavailable(ClickTrainError, RuntimeError):
+    """A compute backend that was asked for by name cannot run here; the message says why."""
+
+
+class DivergedError(ClickTrainError):
+    """The loss became NaN or infinite."""

@@ -1,0 +1,168 @@
+"""The protocol that every training method follows: one trainer, one evaluator and one cost model serve all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence, Sized
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from clicktrain.schedule import LRSchedule
+
+if TYPE_CHECKING:
+    from clicktrain.config import RunConfig
+
+Densities = dict[str, tuple[float, float, float]]
+
+
+class Batches(Sized, Iterable[tuple[Tensor, Tensor]], Protocol):
+    """What `on_epoch` gets: the training loader, any sized iterable of (x, y) batches."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run that has its own optimizer and learning rate; None stands for the run's own setting.
+
+    Attributes
+    ----------
+    name : str
+        For logs and tables.
+    epochs : int
+        Length.
+    lr, weight_decay, batch_size, optimizer, schedule
+        Settings of the phase where they differ from the run's.
+    """
+
+    name: str
+    epochs: int
+    lr: float | None = None
+    schedule: LRSchedule | None = None
+    weight_decay: float | None = None
+    batch_size: int | None = None
+    optimizer: str | None = None
+
+
+class Method:
+    """A way to train: dense, ClickTrain, or a rival. Subclasses override what they need.
+
+    The calls come in the order of this loop, which is all that a method asks of a trainer::
+
+        method.setup(model, optimizer, example_input)
+        for epoch in range(epochs):
+            method.on_epoch(epoch, loader)
+            for x, y in loader:
+                x, y = method.prepare_batch(x, y)
+                method.before_forward()
+                loss = criterion(model(x), y) + method.penalty()
+                loss.backward(); method.after_backward()
+                optimizer.step(); optimizer.zero_grad(); method.after_step()
+        model = method.finish()
+
+    Attributes
+    ----------
+    name : str
+        Name in tables.
+    seed : int
+        Seed of the method's own draws; a trainer sets it before `setup`.
+    lr_at : callable or None
+        Learning rate at an epoch position (epoch + batch / batches); a trainer that schedules the rate sets
+        it, so that a method can look ahead. None means that the optimizer's present rate will stay.
+    """
+
+    name: str = "method"
+    seed: int = 0
+    lr_at: Callable[[float], float] | None = None
+    model: nn.Module
+    optimizer: Optimizer
+
+    @classmethod
+    def from_config(cls, config: RunConfig) -> Self:
+        """Build from a run's configuration: its `method.options`, and its epochs."""
+        options = {"epochs": config.train.epochs, **config.method.options}
+        return cls(**options)
+
+    @property
+    def phases(self) -> Sequence[Phase]:
+        """The phases of a run, in order; their epochs add up to the whole cost."""
+        raise NotImplementedError(f"{type(self).__name__} declares no phases")
+
+    @property
+    def stage(self) -> str:
+        """Name of what is being done now, for logs and times."""
+        return self.phases[0].name
+
+    @property
+    def extra_flops(self) -> int:
+        """FLOPs spent so far outside ordinary steps, such as on measuring importance."""
+        return 0
+
+    def setup(self, model: nn.Module, optimizer: Optimizer, example_input: Tensor) -> None:
+        """Take the model and its optimizer, both fresh.
+
+        Parameters
+        ----------
+        model : nn.Module
+            On its device.
+        optimizer : Optimizer
+            Over the model's parameters.
+        example_input : Tensor, (N, C, H, W)
+            Any input that the model accepts.
+        """
+        self.model, self.optimizer = model, optimizer
+
+    def begin_phase(self, index: int, optimizer: Optimizer) -> None:
+        """Take the optimizer of a later phase; called before its first epoch."""
+        self.optimizer = optimizer
+
+    def on_epoch(self, epoch: int, loader: Batches) -> None:
+        """Begin an epoch (counted over all phases); may measure on batches of `loader`, and change the model."""
+
+    def prepare_batch(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the batch to train on; targets may become class probabilities (N, classes)."""
+        return x, y
+
+    def before_forward(self) -> None:
+        """Act before the model runs."""
+
+    def penalty(self) -> Tensor:
+        """Return what is added to the loss, a scalar tensor."""
+        return torch.zeros((), device=next(self.model.parameters()).device)
+
+    def after_backward(self) -> None:
+        """Act on gradients."""
+
+    def after_step(self) -> None:
+        """Act after the optimizer's step."""
+
+    def finish(self) -> nn.Module:
+        """Return the trained model."""
+        return self.model
+
+    def masks(self) -> dict[str, Tensor]:
+        """Return by layer name what is kept, bool (C_out, C_in, k, k); empty before anything is chosen."""
+        return {}
+
+    def densities(self) -> Densities:
+        """Return by layer name the density in [0, 1] of the forward, grad-input and grad-weight pass of a step.
+
+        Layers left out run dense.
+        """
+        return {}
+
+    def log(self) -> dict[str, float]:
+        """Return figures worth a line in each epoch's log."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all state beside model and optimizer, as tensors and plain Python values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict()`, called after `setup` on a fresh model and optimizer.
+
+        Structural changes are made again here (layers converted, channels removed), so that the states of
+        model and optimizer fit when they are loaded afterwards.
+        """
