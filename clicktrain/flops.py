@@ -105,13 +105,12 @@ def layer_costs(model: nn.Module, input_shape: Sequence[int]) -> list[LayerCost]
     InvalidArgument
         If the model has 1-d, 3-d or transposed convolutions, which this model does not cover.
     """
-    layers: dict[str, LayerCost] = {}
-    handles = []
-    for name, module in model.named_modules():
+    named = {name: m for name, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None}
+    for name, module in named.items():
         if isinstance(module, _UNCOUNTED):
             raise InvalidArgument(f"model: layer {name} is a {type(module).__name__}, expected 2-d convolutions only")
-        if any(True for _ in module.parameters(recurse=False)):
-            handles.append(module.register_forward_hook(partial(_record, layers, name)))
+    layers: dict[str, LayerCost] = {}
+    handles = [module.register_forward_hook(partial(_record, layers, name)) for name, module in named.items()]
     parameter = next(model.parameters())
     try:
         with torch.no_grad(), _evaluating(model):
@@ -123,11 +122,9 @@ def layer_costs(model: nn.Module, input_shape: Sequence[int]) -> list[LayerCost]
 
 
 def _record(layers: dict[str, LayerCost], name: str, module: nn.Module, _inputs: object, output: Tensor) -> None:
-    if name in layers:  # one module run several times: its work adds up
-        again = _measure(name, module, output)
-        layers[name] = replace(again, positions=again.positions + layers[name].positions)
-    else:
-        layers[name] = _measure(name, module, output)
+    cost = _measure(name, module, output)
+    earlier = layers[name].positions if name in layers else 0  # of a module that runs several times
+    layers[name] = replace(cost, positions=cost.positions + earlier)
 
 
 def _measure(name: str, module: nn.Module, output: Tensor) -> LayerCost:

@@ -145,8 +145,10 @@ def test_measuring_takes_its_hooks_away_when_the_model_fails() -> None:
 
 
 def test_convolutions_outside_of_the_model_are_refused() -> None:
-    with pytest.raises(InvalidArgument, match="layer 0 is a ConvTranspose2d, expected 2-d convolutions only"):
-        layer_costs(nn.Sequential(nn.ConvTranspose2d(3, 3, 3)), (3, 8, 8))
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.ConvTranspose2d(3, 3, 3))
+    with pytest.raises(InvalidArgument, match="layer 1 is a ConvTranspose2d, expected 2-d convolutions only"):
+        layer_costs(model, (3, 8, 8))
+    assert not model[0]._forward_hooks
 
 
 @pytest.mark.parametrize("name", ["resnet32", "resnet50", "vgg11", "vgg13", "vgg16", "prunetrain_resnet50"])

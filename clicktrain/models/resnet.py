@@ -90,7 +90,7 @@ def _build(block: type[BasicBlock] | type[Bottleneck], stages: Stages, spec: Mod
 
 
 def _he_normal(model: nn.Module) -> nn.Module:
-    """Draw every convolution from N(0, 2 / (k k C_out)); the thin CIFAR networks come from this custom."""
+    """Draw every convolution from N(0, 2 / (k k C_out)), as is the custom for thin CIFAR networks."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
