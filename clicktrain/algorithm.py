@@ -14,10 +14,10 @@ from torch.optim import Optimizer
 from clicktrain.assignment import Assignment, Ranking
 from clicktrain.conversion import convert
 from clicktrain.errors import ClickTrainError, InvalidArgument
-from clicktrain.flops import FLOPS_PER_MAC, layer_costs
+from clicktrain.flops import FLOPS_PER_MAC, Densities, layer_costs
 from clicktrain.importance import Score, measure
 from clicktrain.kernels.backends import check_name
-from clicktrain.method import Batches, Densities, Method, Phase
+from clicktrain.method import Batches, Method, Phase
 from clicktrain.mixup import mixup
 from clicktrain.official import by_layer, resolve
 from clicktrain.patterns import PatternPool
@@ -154,9 +154,7 @@ class ClickTrain(Method):
     def official(cls, address: str, **options: Any) -> Self:
         """Build as the released code trains a configuration, to the letter.
 
-        Kernels are ranked whole on one batch, the hard prune comes after the first step of its epoch, and
-        mixup starts there. The learning rate, batch size and data are the trainer's: see
-        `clicktrain.official.OfficialConfig`.
+        The learning rate, batch size and data are the trainer's: see `clicktrain.official.OfficialConfig`.
 
         Parameters
         ----------
@@ -166,21 +164,7 @@ class ClickTrain(Method):
             Changes to these settings.
         """
         config = resolve(address)
-        settings: dict[str, Any] = {
-            "epochs": config.stages.epochs,
-            "select_at": config.stages.select_at,
-            "prune_at": config.stages.prune_at,
-            "ratios": config.ratios,
-            "pool": "official",
-            "patterns": config.patterns,
-            "rank_by": "kernel",
-            "penalty_strength": config.lam,
-            "batches": 1,
-            "prune_after_step": True,
-            "mixup_after_prune": config.mixup_alpha,
-            "mixup_from": config.mixup_from_batch,
-        }
-        return cls(**settings | options)
+        return cls(**{"epochs": config.stages.epochs} | config.options() | options)
 
     @property
     def phases(self) -> Sequence[Phase]:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from clicktrain.flops import Densities
 from clicktrain.schedule import LRSchedule
 
 if TYPE_CHECKING:
     from clicktrain.config import RunConfig
 
-Densities = dict[str, tuple[float, float, float]]
 
 
 class Batches(Sized, Iterable[tuple[Tensor, Tensor]], Protocol):

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 from clicktrain.errors import ConfigError
 from clicktrain.schedule import Stages
@@ -86,6 +87,26 @@ class OfficialConfig:
     def address(self) -> str:
         """The text that `resolve` turns back into this configuration."""
         return f"{PREFIX}{self.name}@{self.row}"
+
+    def options(self) -> dict[str, Any]:
+        """Return the options with which `clicktrain.ClickTrain` does what the released code does.
+
+        Kernels are ranked whole on one batch, the hard prune comes after the first step of its epoch, and
+        mixup starts there.
+        """
+        return {
+            "ratios": list(self.ratios),
+            "pool": "official",
+            "patterns": self.patterns,
+            "rank_by": "kernel",
+            "select_at": self.stages.select_at,
+            "prune_at": self.stages.prune_at,
+            "penalty_strength": self.lam,
+            "batches": 1,
+            "prune_after_step": True,
+            "mixup_after_prune": self.mixup_alpha,
+            "mixup_from": self.mixup_from_batch,
+        }
 
 
 def by_layer(ratios: Iterable[float], layers: Iterable[str]) -> dict[str, float]:

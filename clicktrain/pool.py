@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -54,10 +55,9 @@ def coverage_pool(scores: Iterable[Tensor], size: int, entries: int = 4) -> Patt
 
 def retained_importance(scores: Iterable[Tensor], pool: PatternPool) -> float:
     """Return the fraction of importance that the best pattern of each kernel keeps, mean over layers."""
-    fractions = []
-    for flat in _flat(scores, 1, pool.entries):
-        fractions.append(_total(flat, pool) / max(float(flat.double().sum()), torch.finfo(torch.float64).tiny))
-    return sum(fractions) / len(fractions)
+    tiny = torch.finfo(torch.float64).tiny
+    layers = _flat(scores, 1, pool.entries)
+    return sum(_total(flat, pool) / max(float(flat.double().sum()), tiny) for flat in layers) / len(layers)
 
 
 def _flat(scores: Iterable[Tensor], size: int, entries: int) -> list[Tensor]:
@@ -73,7 +73,7 @@ def _flat(scores: Iterable[Tensor], size: int, entries: int) -> list[Tensor]:
 
 
 def _side(kernels: Tensor) -> int:
-    return round(kernels.shape[1] ** 0.5)
+    return math.isqrt(kernels.shape[1])
 
 
 def _best_of_all(kernels: Tensor, entries: int) -> Tensor:
@@ -87,7 +87,7 @@ def _patterns(positions: Tensor, side: int) -> list[Pattern]:
 
 
 def _most_frequent(kernels: Tensor, size: int, entries: int) -> PatternPool:
-    found, counts = _best_of_all(kernels, entries).unique(dim=0, return_counts=True)  # in lexicographic order
+    found, counts = torch.unique(_best_of_all(kernels, entries), dim=0, return_counts=True)  # lexicographic order
     order = counts.argsort(descending=True, stable=True)[:size]
     return _extended(_patterns(found[order], _side(kernels)), kernels[:_SAMPLE], size, entries)
 

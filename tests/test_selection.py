@@ -21,7 +21,7 @@ def scored(name="vgg11", width=0.125):
 
 
 def test_first_convolution_and_shortcuts_are_spared():
-    model, costs, scores = scored("resnet32")
+    _, costs, scores = scored("resnet32")
     spared = {cost.name for cost in costs if cost.kind == "conv"} - set(scores)
     assert len(spared) == 4
     assert sum("shortcut" in name for name in spared) == 3

@@ -1,0 +1,202 @@
+"""The training loop: yields a record for every step and every epoch, and does no input or output itself."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from clicktrain.data import Loader, Split
+from clicktrain.errors import DivergedError
+from clicktrain.flops import layer_costs
+from clicktrain.training.evaluate import accuracy
+from clicktrain.training.layout import use_channels_last
+from clicktrain.training.meter import CostMeter
+from clicktrain.training.optim import build_optimizer, optimizer_state, restore_optimizer, set_lr
+from clicktrain.training.seeding import restore_torch_state, seed_torch, torch_state
+from clicktrain.training.session import Session
+from clicktrain.training.step import Stepper
+from clicktrain.training.timeline import Timeline
+
+Record = dict[str, Any]
+
+
+@dataclass
+class Position:
+    """Where training stands, and sums over the steps of the current epoch."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    phase: int = 0
+    images: int = 0
+    loss_sum: float = 0.0
+    train_seconds: float = 0.0
+    select_seconds: float = 0.0
+
+
+class Trainer:
+    """Trains the network of a session with its method.
+
+    Between any two records the whole state can be taken with `state_dict`; a trainer made `from_state` of it
+    and a fresh session yields the remaining records with equal numbers, times apart.
+
+    Parameters
+    ----------
+    session : Session
+        Freshly built; its network is trained in place.
+    channels_last : bool
+        Memory format of the network.
+    phase : int
+        Phase whose optimizer is built.
+    """
+
+    def __init__(self, session: Session, *, channels_last: bool = False, phase: int = 0) -> None:
+        self.session, self.method = session, session.method
+        self.channels_last = channels_last
+        self.timeline = Timeline(session.method.phases, session.config.train)
+        self.position = Position(phase=phase)
+        self.layers = layer_costs(session.model, session.data.image_shape)
+        self.meter = CostMeter(self.layers)
+        self._stepper = Stepper(session, self.meter)
+        self.method.seed, self.method.lr_at = session.seed, self.timeline.lr
+        model = use_channels_last(session.model) if channels_last else session.model
+        self.method.setup(model, self._build_optimizer(model, phase), session.example_input())
+
+    @classmethod
+    def from_state(cls, session: Session, state: dict[str, Any]) -> Trainer:
+        """Go on from a `state_dict`: structure first (the method's), then weights, then the optimizer."""
+        trainer = cls(session, channels_last=state["channels_last"], phase=state["position"]["phase"])
+        method = trainer.method
+        method.load_state_dict(state["method"])
+        method.model.load_state_dict(state["model"])
+        restore_optimizer(method.optimizer, method.model, state["optimizer"])
+        trainer.position = Position(**state["position"])
+        trainer.meter.load_state_dict(state["meter"])
+        trainer._stepper.scaler.load_state_dict(state["scaler"])
+        restore_torch_state(state["rng"])
+        return trainer
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that decides the remaining records: tensors and plain Python values, not copied."""
+        return {
+            "channels_last": self.channels_last,
+            "position": asdict(self.position),
+            "method": self.method.state_dict(),
+            "model": self.method.model.state_dict(),
+            "optimizer": optimizer_state(self.method.optimizer, self.method.model),
+            "meter": self.meter.state_dict(),
+            "scaler": self._stepper.scaler.state_dict(),
+            "rng": torch_state(),
+        }
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of all phases together."""
+        return sum(phase.epochs * len(self.session.train_loader(phase)) for phase in self.timeline.phases)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all epochs are done."""
+        return self.position.epoch == self.timeline.epochs
+
+    def records(self) -> Iterator[Record]:
+        """Train from the current position to the end.
+
+        Yields
+        ------
+        dict
+            ``kind`` "step" after each step and "epoch" after each epoch, as ``metrics.jsonl`` holds them.
+
+        Raises
+        ------
+        DivergedError
+            The loss is NaN or infinite.
+        """
+        while not self.is_done:
+            if self.position.batch == 0:
+                self._begin_epoch()
+            yield from self._steps()
+            yield self._finish_epoch()
+
+    def evaluate(self, split: Split | None, network: nn.Module | None = None) -> float | None:
+        """Return the accuracy in percent on a split, of the network as it is or of another; None without a split."""
+        if split is None:
+            return None
+        batches = self.session.eval_batches(split)
+        return accuracy(network or self.method.model, batches, self.session.config.train.amp)
+
+    def _loader(self) -> Loader:
+        loader = self.session.train_loader(self.timeline.phases[self.position.phase])
+        loader.set_epoch(self.position.epoch)
+        return loader
+
+    def _build_optimizer(self, model: nn.Module, phase: int) -> Optimizer:
+        return build_optimizer(model.parameters(), self.session.config.train, self.timeline.phases[phase])
+
+    def _begin_epoch(self) -> None:
+        """Enter a phase that begins here, with an optimizer of its own, and let the method begin the epoch."""
+        position, method = self.position, self.method
+        start = time.perf_counter()
+        seed_torch("epoch", self.session.seed, position.epoch)
+        phase = self.timeline.index(position.epoch)
+        if phase != position.phase:
+            position.phase = phase
+            method.begin_phase(phase, self._build_optimizer(method.model, phase))
+        method.on_epoch(position.epoch, self._loader())
+        self.meter.add_extra(method)
+        position.images, position.loss_sum, position.train_seconds = 0, 0.0, 0.0
+        position.select_seconds = time.perf_counter() - start
+
+    def _steps(self) -> Iterator[Record]:
+        position, method = self.position, self.method
+        loader = self._loader()
+        method.model.train()
+        start = time.perf_counter()
+        for x, y in loader.batches(position.batch):
+            stage = method.stage
+            lr = self.timeline.lr(position.epoch + position.batch / len(loader))
+            set_lr(method.optimizer, lr)
+            loss, penalty = self._stepper.step(x, y, position.epoch, position.batch)
+            if not math.isfinite(loss + penalty):
+                raise DivergedError(
+                    f"the loss is {loss + penalty} in step {position.step} (epoch {position.epoch}, lr {lr:g})"
+                )
+            seconds = time.perf_counter() - start
+            step = {"kind": "step", "epoch": position.epoch, "step": position.step, "stage": stage}
+            position.batch += 1
+            position.step += 1
+            position.images += len(x)
+            position.loss_sum += loss * len(x)
+            position.train_seconds += seconds
+            yield {**step, "loss": loss, "penalty": penalty, "lr": lr, "seconds": seconds}
+            start = time.perf_counter()
+
+    def _finish_epoch(self) -> Record:
+        position, method, session = self.position, self.method, self.session
+        self.meter.add_extra(method)
+        start = time.perf_counter()
+        position.epoch, position.batch = position.epoch + 1, 0
+        due = position.epoch % session.config.train.eval_every == 0 or self.is_done
+        return {
+            "kind": "epoch",
+            "epoch": position.epoch - 1,
+            "stage": method.stage,
+            "phase": self.timeline.phases[position.phase].name,
+            "lr": method.optimizer.param_groups[0]["lr"],
+            "train_loss": position.loss_sum / position.images,
+            "val_accuracy": self.evaluate(session.validation) if due else None,
+            "test_accuracy": self.evaluate(session.test) if due else None,
+            "train_seconds": position.train_seconds,
+            "select_seconds": position.select_seconds,
+            "eval_seconds": time.perf_counter() - start,
+            "flops": self.meter.cost.flops,
+            "flops_dense": self.meter.cost.dense_flops,
+            "density": self.meter.density(method.densities()),
+            **method.log(),
+        }

@@ -1,0 +1,200 @@
+"""Runs on disk: train in a directory from wherever the run stands, and evaluate what is there."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from clicktrain import provenance
+from clicktrain.config import RunConfig
+from clicktrain.errors import CheckpointError, DivergedError
+from clicktrain.training.callbacks import Callback, CallbackList, TensorBoard
+from clicktrain.training.checkpoint import CheckpointStore
+from clicktrain.training.layout import faster_in_channels_last
+from clicktrain.training.loop import Record, Trainer
+from clicktrain.training.metrics import MetricsLog
+from clicktrain.training.progress import console_progress
+from clicktrain.training.result import size_figures, summarise
+from clicktrain.training.rundir import RunDirectory
+from clicktrain.training.session import Session, build
+
+CHECKPOINT_SCHEMA = 1
+
+_PROBE_IMAGES = 32  # enough on a CPU to tell which memory format is faster
+
+
+def train(
+    config: RunConfig,
+    out: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    callbacks: Sequence[Callback] | None = None,
+    concurrent_runs: int | None = None,
+) -> dict[str, Any]:
+    """Train in a directory until the run is done, from its start or from its last checkpoint.
+
+    Killed at any moment and called again with the same arguments, a run on a CPU ends with the same bits as
+    one that was never killed. Called on a finished run, it returns its result and does nothing.
+
+    Parameters
+    ----------
+    config : RunConfig
+        What to train, and how.
+    out : path-like
+        Directory of the run, for this run alone; created if absent.
+    seed : int
+        At least 0.
+    callbacks : sequence of Callback, optional
+        Who watches; None: progress on the console.
+    concurrent_runs : int, optional
+        How many other runs share the machine on purpose, for the record.
+
+    Returns
+    -------
+    dict
+        The content of ``result.json``.
+
+    Raises
+    ------
+    ClickTrainError
+        The configuration cannot work here, the directory holds another run or cannot be written, every
+        checkpoint is damaged, or the loss diverged.
+    """
+    directory = RunDirectory(out)
+    watch = CallbackList([console_progress()] if callbacks is None else callbacks)
+    if config.train.tensorboard:
+        watch = CallbackList([watch, TensorBoard(directory.tensorboard)])
+    with directory.claim():
+        known = directory.enroll(config, seed)
+        result = directory.read_result()
+        if result is not None:
+            watch.on_note(f"{directory.path}: this run is done, nothing left to do")
+            return result
+        session = build(config, seed)
+        origin = provenance.collect(
+            seed=seed, data_fingerprint=session.data.fingerprint, concurrent_runs=concurrent_runs
+        )
+        if known:
+            directory.note_resumed(origin)
+        else:
+            directory.begin(config, origin)
+        if config.data.eval_on == "test":
+            watch.on_note("the best epoch is chosen on the test set, as in the official code: optimistic")
+        return _Run(directory, session, watch).finish()
+
+
+def evaluate_run(out: str | os.PathLike[str], callback: Callback | None = None) -> dict[str, Any]:
+    """Evaluate the last checkpoint of a run, finished or not.
+
+    Parameters
+    ----------
+    out : path-like
+        Directory of the run; nothing in it is changed.
+    callback : Callback, optional
+        Told of damaged checkpoints.
+
+    Returns
+    -------
+    dict
+        ``step`` and ``epoch`` done, ``stage``, ``accuracy`` (percent by split), and the sizes as in
+        ``result.json``: compression, inference MACs, parameters.
+
+    Raises
+    ------
+    ClickTrainError
+        The directory holds no run, or no checkpoint that is whole.
+    """
+    directory = RunDirectory(out)
+    session = build(directory.read_config(), directory.read_record()["seed"])
+    state = CheckpointStore(directory.checkpoints).load((callback or Callback()).on_note)
+    if state is None:
+        raise CheckpointError(f"{directory.path} holds no checkpoint yet")
+    trainer = Trainer.from_state(session, state["trainer"])
+    network = trainer.method.finish() if trainer.is_done else trainer.method.model
+    return {
+        "step": trainer.position.step,
+        "epoch": trainer.position.epoch,
+        "stage": trainer.method.stage,
+        "accuracy": {
+            "validation": trainer.evaluate(session.validation, network),
+            "test": trainer.evaluate(session.test, network),
+        },
+        **size_figures(trainer, network),
+    }
+
+
+class _Run:
+    """A run in progress: connects the trainer with the files and with those who watch."""
+
+    def __init__(self, directory: RunDirectory, session: Session, watch: Callback) -> None:
+        self._started = time.perf_counter()
+        self._directory, self._watch, self._config = directory, watch, session.config
+        self._store = CheckpointStore(directory.checkpoints, session.config.train.keep)
+        self._store.clean()
+        state = self._store.load(watch.on_note)
+        if state is None:
+            self._trainer = Trainer(session, channels_last=_channels_last(session))
+            self._earlier_seconds, size = 0.0, 0
+        else:
+            self._trainer = Trainer.from_state(session, state["trainer"])
+            self._earlier_seconds, size = state["seconds"], state["metrics_bytes"]
+        self._metrics = MetricsLog(directory.metrics, size)
+
+    def finish(self) -> dict[str, Any]:
+        """Train to the end, write the result and return it."""
+        trainer, watch = self._trainer, self._watch
+        if trainer.position.step:
+            watch.on_note(f"going on after step {trainer.position.step} of {trainer.total_steps}")
+        else:
+            self._checkpoint()  # keeps the memory format that was chosen
+        watch.on_start(trainer.position.step, trainer.total_steps)
+        try:
+            for record in trainer.records():
+                self._take(record)
+        except DivergedError as error:
+            raise DivergedError(f"{error}; last good checkpoint: {self._store.latest()}") from None
+        finally:
+            self._metrics.close()
+            watch.on_end()
+        result = summarise(trainer, trainer.method.finish(), self._directory.metrics, self._seconds())
+        self._directory.write_result(result)
+        return result
+
+    def _take(self, record: Record) -> None:
+        self._metrics.write(record)
+        every = self._config.train.checkpoint_every
+        if record["kind"] == "epoch":
+            self._checkpoint()
+            self._watch.on_epoch(record)
+        else:
+            if every and self._trainer.position.step % every == 0:
+                self._checkpoint()
+            self._watch.on_step(record)
+
+    def _checkpoint(self) -> None:
+        self._store.save(
+            self._trainer.position.step,
+            {
+                "schema": CHECKPOINT_SCHEMA,
+                "config_id": self._config.config_id(),
+                "seed": self._trainer.session.seed,
+                "metrics_bytes": self._metrics.sync(),
+                "seconds": self._seconds(),
+                "trainer": self._trainer.state_dict(),
+            },
+        )
+
+    def _seconds(self) -> float:
+        """Return the wall-clock time of all segments of the run so far."""
+        return self._earlier_seconds + time.perf_counter() - self._started
+
+
+def _channels_last(session: Session) -> bool:
+    """Decide the memory format as the configuration says, by measurement where it leaves that open."""
+    train = session.config.train
+    if train.channels_last != "auto":
+        return train.channels_last == "on"
+    images = train.batch_size if session.device.type == "cuda" else min(train.batch_size, _PROBE_IMAGES)
+    return faster_in_channels_last(session.model, session.example_input(images))

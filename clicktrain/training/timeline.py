@@ -1,0 +1,52 @@
+"""The phases of a run on one axis of epochs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+from clicktrain.config import TrainConfig
+from clicktrain.errors import InvalidArgument
+from clicktrain.method import Phase
+
+
+class Timeline:
+    """Phases one after another; what a phase leaves open is the run's setting.
+
+    Parameters
+    ----------
+    phases : sequence of Phase
+        In order; those of no epochs are never entered.
+    train : TrainConfig
+        Settings of the run.
+
+    Attributes
+    ----------
+    epochs : int
+        Length of all phases together.
+
+    Raises
+    ------
+    InvalidArgument
+        The phases have no epoch.
+    """
+
+    def __init__(self, phases: Sequence[Phase], train: TrainConfig) -> None:
+        self.phases = tuple(phases)
+        self._train = train
+        self._ends = list(accumulate(phase.epochs for phase in self.phases))
+        self.epochs = self._ends[-1] if self._ends else 0
+        if self.epochs < 1:
+            raise InvalidArgument(f"phases {list(self.phases)}: expected at least one epoch")
+
+    def index(self, epoch: int) -> int:
+        """Return the index of the phase that an epoch lies in."""
+        return next(index for index, end in enumerate(self._ends) if epoch < end)
+
+    def lr(self, position: float) -> float:
+        """Return the learning rate at an epoch position (epoch + batch / batches) of the run."""
+        index = self.index(int(position))
+        phase = self.phases[index]
+        schedule = phase.schedule or self._train.schedule.build()
+        base = self._train.lr if phase.lr is None else phase.lr
+        return base * schedule.factor(position - (self._ends[index] - phase.epochs), phase.epochs)
