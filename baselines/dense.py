@@ -1,0 +1,27 @@
+"""Dense training: what every other method is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from clicktrain.method import Method, Phase
+
+
+class Dense(Method):
+    """Ordinary training of the whole network.
+
+    Parameters
+    ----------
+    epochs : int
+        Length of the run.
+    """
+
+    name = "dense"
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    @property
+    def phases(self) -> Sequence[Phase]:
+        """One phase, at the run's own settings."""
+        return [Phase("dense", self.epochs)]

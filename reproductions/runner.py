@@ -1,0 +1,224 @@
+"""Run a study: one worker process per run, so that a crash costs one run and nothing else."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from clicktrain.errors import ConfigError, InvalidArgument
+from clicktrain.files import write_atomic
+from clicktrain.training.rundir import RunDirectory
+from clicktrain.training.session import build_method
+from reproductions import paths
+from reproductions.paths import StudyDirectory
+from reproductions.preset import Preset, RunSpec
+from reproductions.store import State, is_locked, state
+
+USER_ERROR = 2
+"""Exit code of a worker that refused its configuration: trying again cannot help."""
+
+_ATTEMPTS = 2
+_POLL_SECONDS = 0.5
+
+
+def select(runs: Sequence[RunSpec], only: Sequence[str]) -> list[RunSpec]:
+    """Return the runs that any filter names.
+
+    Parameters
+    ----------
+    runs : sequence of RunSpec
+        All runs of a study.
+    only : sequence of str
+        METHOD or METHOD/SEED, with shell wildcards (``"*/0"`` is seed 0 of every method); empty: all runs.
+
+    Raises
+    ------
+    InvalidArgument
+        A filter names no run.
+    """
+    for pattern in only:
+        if not any(_matches(run, pattern) for run in runs):
+            labels = ", ".join(run.label for run in runs)
+            raise InvalidArgument(f"--only {pattern}: matches none of the runs {labels}")
+    return [run for run in runs if not only or any(_matches(run, pattern) for pattern in only)]
+
+
+def _matches(run: RunSpec, pattern: str) -> bool:
+    return fnmatchcase(run.method, pattern) or fnmatchcase(run.label, pattern)
+
+
+class Runner:
+    """Brings a study to its end, from wherever it stands.
+
+    Finished runs are skipped, broken-off ones go on, a worker that dies is started once more; a run that
+    still fails is noted and the others go on.
+
+    Parameters
+    ----------
+    study : StudyDirectory
+        Where the runs go.
+    preset : Preset
+        What to run.
+    jobs : int
+        Runs at the same time; each gets its share of the cores.
+    exclusive : bool
+        Whether nothing but this runner uses the machine; goes into the provenance of each run.
+    say : callable
+        Prints a line.
+    """
+
+    def __init__(
+        self,
+        study: StudyDirectory,
+        preset: Preset,
+        *,
+        jobs: int = 1,
+        exclusive: bool = True,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        if jobs < 1:
+            raise InvalidArgument(f"--jobs {jobs}: expected at least 1")
+        self._study = study
+        self._preset = preset
+        self._jobs = jobs
+        self._exclusive = exclusive
+        self._say = say
+        self._workers: set[subprocess.Popen[str]] = set()
+        self._stopping = threading.Event()
+
+    def run(self, only: Sequence[str] = ()) -> list[RunSpec]:
+        """Execute what is not finished, seeds outermost; return the runs that failed.
+
+        Parameters
+        ----------
+        only : sequence of str
+            Filters of `select`.
+
+        Raises
+        ------
+        ClickTrainError
+            A method refuses its options, or another runner is at work on the study.
+        """
+        runs = select(self._preset.runs(), only)
+        for spec in runs:
+            build_method(spec.config)  # options that a method refuses are found now, not hours later
+        titles = [f"run {number} of {len(runs)}: {spec.label}" for number, spec in enumerate(runs, 1)]
+        with lock(self._study.lock), ThreadPoolExecutor(self._jobs) as pool:
+            write_atomic(self._study.preset, self._preset.to_toml())
+            try:
+                finished = list(pool.map(self._bring_to_end, runs, titles))
+            finally:
+                self._stop()
+        return [spec for spec, is_finished in zip(runs, finished, strict=True) if not is_finished]
+
+    def _bring_to_end(self, spec: RunSpec, title: str) -> bool:
+        """Execute one run unless it is finished; tell whether it is now."""
+        config_id = spec.config.config_id()
+        run = self._study.run(config_id, spec.seed)
+        self._wait_for_earlier_worker(run, title)
+        if state(run) is State.DONE:
+            self._say(f"{title}: already done")
+            return True
+        run.path.mkdir(parents=True, exist_ok=True)
+        write_atomic(self._study.config(config_id), spec.config.to_toml())
+        for attempt in range(1, _ATTEMPTS + 1):
+            if self._stopping.is_set():
+                return False
+            self._say(f"{title}: {'starts' if attempt == 1 else 'its process died; starts again'}")
+            code = self._work(spec, run)
+            if code == 0:
+                paths.failure(run).unlink(missing_ok=True)
+                return True
+            if code == USER_ERROR:
+                break
+        self._note_failure(run, code, title)
+        return False
+
+    def _wait_for_earlier_worker(self, run: RunDirectory, title: str) -> None:
+        """Wait while a worker that outlived its killed runner still writes into the directory."""
+        if is_locked(run.lock):
+            self._say(f"{title}: a process of an earlier runner is still at work on it; waiting for its end")
+        while is_locked(run.lock) and not self._stopping.is_set():
+            time.sleep(_POLL_SECONDS)
+
+    def _work(self, spec: RunSpec, run: RunDirectory) -> int:
+        """Train in a process of its own and return its exit code (negative: the signal that ended it)."""
+        worker = subprocess.Popen(
+            self.command(spec, run),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=self._environment(),
+        )
+        with paths.log(run).open("a") as log, worker:
+            self._workers.add(worker)
+            assert worker.stdout is not None
+            for line in worker.stdout:
+                log.write(line)
+                self._say(f"  {spec.label}  {line.rstrip()}")
+        self._workers.discard(worker)
+        return worker.returncode
+
+    def command(self, spec: RunSpec, run: RunDirectory) -> list[str]:
+        """Return the command line of a worker."""
+        options = {
+            "config": self._study.config(spec.config.config_id()),
+            "seed": spec.seed,
+            "out": run.path,
+        }
+        if self._exclusive:
+            options["concurrent-runs"] = self._jobs - 1
+        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        return [sys.executable, "-m", "clicktrain", "train", *words]
+
+    def _environment(self) -> dict[str, str]:
+        """Return the environment of a worker: with several at a time, each takes its share of the cores."""
+        if self._jobs == 1:
+            return dict(os.environ)
+        threads = max(1, len(os.sched_getaffinity(0)) // self._jobs)
+        return os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+
+    def _note_failure(self, run: RunDirectory, code: int, title: str) -> None:
+        lines = paths.log(run).read_text().splitlines()
+        reason = lines[-1] if lines else "it printed nothing"
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        write_atomic(paths.failure(run), json.dumps({"exit_code": code, "reason": reason}, indent=2) + "\n")
+        self._say(f"{title}: FAILED with {how}")
+
+    def _stop(self) -> None:
+        """End what is still running (only when the runner itself is interrupted)."""
+        self._stopping.set()
+        for worker in list(self._workers):
+            worker.terminate()
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Hold a file's lock; the kernel gives it back however the process ends.
+
+    Raises
+    ------
+    ConfigError
+        Another process holds it, or the directory cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise ConfigError(f"cannot write the results directory {path.parent}: {error.strerror}") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{path.parent}: another runner is at work in it") from None
+        yield

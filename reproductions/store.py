@@ -1,0 +1,188 @@
+"""Stored runs of a study: read, never written here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from clicktrain.errors import ConfigError, DataError
+from clicktrain.training.metrics import read_metrics
+from clicktrain.training.rundir import RunDirectory
+from reproductions import paths, preset
+from reproductions.paths import StudyDirectory
+from reproductions.preset import Preset, RunSpec
+
+RESULT_SCHEMA = 1
+
+
+class State(StrEnum):
+    """How far a run has come."""
+
+    DONE = "done"
+    RUNNING = "running"
+    FAILED = "failed"
+    BROKEN_OFF = "broken off"
+    TO_COME = "to come"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The figures of a finished run that studies compare.
+
+    Attributes
+    ----------
+    accuracy : float
+        Test accuracy after the last epoch, percent.
+    accuracy_best : float
+        Test accuracy of the best epoch, chosen on the validation split, percent.
+    compression : float
+        Convolution weights / kept ones, the paper's definition.
+    inference_flops_saved : float
+        Percent of the dense network's.
+    training_flops : float
+        Spent on the whole run.
+    seconds : float
+        Time of training: steps times median step time of each stage, and what selecting patterns took.
+    """
+
+    accuracy: float
+    accuracy_best: float
+    compression: float
+    inference_flops_saved: float
+    training_flops: float
+    seconds: float
+
+    @classmethod
+    def from_result(cls, result: dict[str, Any]) -> Figures:
+        """Take the figures from the trainer's result record."""
+        steps = sum(stage["steps"] * stage["median_step_seconds"] for stage in result["stages"])
+        return cls(
+            accuracy=result["accuracy"]["last"],
+            accuracy_best=result["accuracy"]["best"],
+            compression=result["compression"]["paper"],
+            inference_flops_saved=result["inference_flops_saved_percent"],
+            training_flops=result["training_flops"]["used"],
+            seconds=steps + result["seconds"]["select"],
+        )
+
+
+FIGURES = tuple(field.name for field in fields(Figures))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    spec: RunSpec
+    directory: RunDirectory
+    result: dict[str, Any]
+    provenance: dict[str, Any]
+
+    @cached_property
+    def figures(self) -> Figures:
+        """The figures that studies compare."""
+        return Figures.from_result(self.result)
+
+    @cached_property
+    def epochs(self) -> list[dict[str, Any]]:
+        """The epoch records of the run's metrics, in order."""
+        return [record for record in read_metrics(self.directory.metrics) if record["kind"] == "epoch"]
+
+    @property
+    def segments(self) -> list[dict[str, Any]]:
+        """Provenance of each process that worked on the run."""
+        return [self.provenance, *self.provenance["resumed"]]
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether all its processes were said to have the machine to themselves."""
+        return all(segment["concurrency"]["declared"] == 0 for segment in self.segments)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study as it stands: its preset and its finished runs."""
+
+    directory: StudyDirectory
+    preset: Preset
+    runs: tuple[Run, ...]
+
+    def of(self, method: str) -> list[Run]:
+        """Return the finished runs of a method."""
+        return [run for run in self.runs if run.spec.method == method]
+
+    def sample(self, method: str, figure: str) -> dict[int, float]:
+        """Return a figure of a method by seed."""
+        return {run.spec.seed: getattr(run.figures, figure) for run in self.of(method)}
+
+
+def load_study(directory: StudyDirectory) -> Study:
+    """Read a study's finished runs.
+
+    Raises
+    ------
+    ConfigError
+        There is no study in the directory.
+    DataError
+        A run's files are damaged or of another version.
+    """
+    if not directory.preset.is_file():
+        raise ConfigError(f"{directory.path} holds no study: there is no {directory.preset.name} in it")
+    loaded = preset.load(directory.preset)
+    return Study(directory, loaded, tuple(_finished(directory, loaded)))
+
+
+def _finished(directory: StudyDirectory, loaded: Preset) -> Iterator[Run]:
+    for spec in loaded.runs():
+        run = directory.run(spec.config.config_id(), spec.seed)
+        if run.result.exists():
+            yield read_run(spec, run)
+
+
+def read_run(spec: RunSpec, directory: RunDirectory) -> Run:
+    """Read a finished run and check that it is what its place says.
+
+    Raises
+    ------
+    DataError
+        Its files are damaged, of another version, or of another run.
+    """
+    try:
+        result = json.loads(directory.result.read_text())
+        run = Run(spec, directory, result, json.loads(directory.provenance.read_text()))
+        found = (result["schema"], result["config_id"], result["seed"])
+        run.figures  # noqa: B018  # a record that lacks a figure fails here, by name, not in a table
+    except (OSError, ValueError) as error:
+        raise DataError(f"{directory.path}: cannot read the run: {error}") from None
+    except KeyError as error:
+        raise DataError(f"{directory.result}: there is no {error} in it") from None
+    expected = (RESULT_SCHEMA, spec.config.config_id(), spec.seed)
+    if found != expected:
+        raise DataError(f"{directory.result}: is of (schema, config_id, seed) {found}, expected {expected}")
+    return run
+
+
+def state(run: RunDirectory) -> State:
+    """Tell how far a run has come."""
+    if run.result.exists():
+        return State.DONE
+    if is_locked(run.lock):
+        return State.RUNNING
+    if paths.failure(run).exists():
+        return State.FAILED
+    return State.BROKEN_OFF if run.config.exists() else State.TO_COME
+
+
+def is_locked(path: Path) -> bool:
+    """Tell whether a process holds a lock on a file, without touching the lock (Linux)."""
+    try:
+        inode = path.stat().st_ino
+        locks = Path("/proc/locks").read_text()
+    except FileNotFoundError:
+        return False
+    return any(f":{inode} " in line for line in locks.splitlines())

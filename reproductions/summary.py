@@ -1,0 +1,139 @@
+"""What a study says: one row a method and one a claim, for the terminal and the report alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from reproductions import paths
+from reproductions.claims import CLAIMS, Claim
+from reproductions.paths import StudyDirectory
+from reproductions.preset import MethodRow
+from reproductions.stats import Estimate, estimate, paired_difference, paired_ratio, savings
+from reproductions.store import FIGURES, Study, load_study
+from reproductions.verdicts import NOT_ON_HARDWARE, Verdict, judge, not_run
+
+
+@dataclass(frozen=True)
+class MethodSummary:
+    """A method's figures over its seeds.
+
+    Attributes
+    ----------
+    row : MethodRow
+        The method.
+    n : int
+        Finished runs.
+    figures : dict of str to Estimate
+        By name of `Figures`; empty without a finished run.
+    accuracy_difference : Estimate or None
+        Accuracy less that of the dense network, points, paired by seed.
+    training_flops_saved : Estimate or None
+        Percent of the FLOPs of training the dense network, paired by seed; negative for more than those.
+    time_ratio : Estimate or None
+        Training time over that of the dense network, paired by seed.
+    """
+
+    row: MethodRow
+    n: int
+    figures: dict[str, Estimate]
+    accuracy_difference: Estimate | None
+    training_flops_saved: Estimate | None
+    time_ratio: Estimate | None
+
+
+@dataclass(frozen=True)
+class ClaimRow:
+    """A claim, judged for one method of a study.
+
+    Attributes
+    ----------
+    claim : Claim
+        The claim.
+    subject : str
+        Method that it was judged for; empty where the study does not check the claim.
+    verdict : Verdict
+        What the study's runs say.
+    dense_accuracy : float or None
+        Mean accuracy of the study's dense network, percent: how good the network is that all compare with.
+    """
+
+    claim: Claim
+    subject: str
+    verdict: Verdict
+    dense_accuracy: float | None
+
+
+@dataclass(frozen=True)
+class StoredRow:
+    """A verdict from evidence that comes with the suite."""
+
+    study: Study
+    row: ClaimRow
+
+
+def summarize(study: Study) -> list[MethodSummary]:
+    """Return one row for each method of the preset, finished or not."""
+    return [_summary(study, row) for row in study.preset.methods]
+
+
+def _summary(study: Study, row: MethodRow) -> MethodSummary:
+    samples = {figure: study.sample(row.name, figure) for figure in FIGURES}
+    dense = {figure: study.sample(study.preset.dense.name, figure) for figure in FIGURES}
+    saved = savings(samples["training_flops"], dense["training_flops"])
+    return MethodSummary(
+        row,
+        n=len(study.of(row.name)),
+        figures={figure: estimate(sample.values()) for figure, sample in samples.items() if sample},
+        accuracy_difference=None if row.role == "dense" else paired_difference(samples["accuracy"], dense["accuracy"]),
+        training_flops_saved=estimate(saved.values()) if saved else None,
+        time_ratio=paired_ratio(samples["seconds"], dense["seconds"]),
+    )
+
+
+def check(study: Study) -> list[ClaimRow]:
+    """Judge every claim there is; those that the preset does not check say so."""
+    return [row for claim in CLAIMS for row in _check(study, claim)]
+
+
+def _check(study: Study, claim: Claim) -> list[ClaimRow]:
+    dense = study.sample(study.preset.dense.name, "accuracy")
+    dense_accuracy = estimate(dense.values()).mean if dense else None
+    if claim.id not in study.preset.claims:
+        return [ClaimRow(claim, "", not_run(claim), dense_accuracy)]
+    subjects = study.preset.subjects(claim)
+    return [ClaimRow(claim, row.name, _judge(study, claim, row, dense_accuracy), dense_accuracy) for row in subjects]
+
+
+def _judge(study: Study, claim: Claim, subject: MethodRow, dense_accuracy: float | None) -> Verdict:
+    floor = study.preset.dense_floor
+    if floor is not None and dense_accuracy is not None and dense_accuracy < floor:
+        return Verdict(f"undecided (study void: the dense network is below {floor:g} %)")
+    rival = subject.rivals[claim.rival] if claim.rival else subject.name
+    runs = study.of(subject.name) + study.of(rival)
+    if claim.hardware == "cuda" and runs and not any(run.provenance["gpu"] for run in runs):
+        return Verdict(NOT_ON_HARDWARE)
+    return judge(
+        claim,
+        study.sample(subject.name, claim.metric),
+        study.sample(rival, claim.metric),
+        exclusive=all(run.exclusive for run in runs),
+    )
+
+
+def stored_verdicts(study: Study) -> dict[str, list[StoredRow]]:
+    """Return by claim id what the suite's stored evidence says, other than that of `study` itself."""
+    stored: dict[str, list[StoredRow]] = {}
+    for evidence in evidence_studies():
+        if evidence.directory.name == study.directory.name:
+            continue
+        for row in check(evidence):
+            if row.verdict.estimate is not None:
+                stored.setdefault(row.claim.id, []).append(StoredRow(evidence, row))
+    return stored
+
+
+def evidence_studies() -> Sequence[Study]:
+    """Return the studies stored with the suite."""
+    directories = sorted(path.parent for path in paths.EVIDENCE.glob("*/study.toml"))
+    return [load_study(StudyDirectory(path)) for path in directories]

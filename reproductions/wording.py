@@ -1,0 +1,57 @@
+"""How numbers and verdicts read, in the terminal and in the report."""
+
+from __future__ import annotations
+
+import math
+
+from reproductions.claims import Claim
+from reproductions.stats import Estimate
+from reproductions.summary import StoredRow
+
+MISSING = "-"
+
+
+def spread(estimate: Estimate | None, digits: int = 2, unit: str = "") -> str:
+    """Return "mean +- std", or the mean alone where there is one value."""
+    if estimate is None:
+        return MISSING
+    mean = f"{estimate.mean:.{digits}f}"
+    text = mean if math.isnan(estimate.std) else f"{mean} \N{PLUS-MINUS SIGN} {estimate.std:.{digits}f}"
+    return text + unit
+
+
+def interval(estimate: Estimate | None, digits: int = 2, unit: str = "", *, signed: bool = False) -> str:
+    """Return "mean [low, high]", or the mean alone where one value gives no interval."""
+    if estimate is None:
+        return MISSING
+    form = f"{'+' if signed else ''}.{digits}f"
+    text = f"{estimate.mean:{form}}{unit}"
+    if math.isinf(estimate.high) or estimate.low == estimate.high:
+        return text
+    return f"{text} [{estimate.low:{form}}, {estimate.high:{form}}]"
+
+
+def measured(claim: Claim, estimate: Estimate | None) -> str:
+    """Return what was measured for a claim, with its interval, unit and n."""
+    if estimate is None:
+        return MISSING
+    unit = "x" if claim.unit == "x" else f" {claim.unit}"
+    return f"{interval(estimate, 2, unit, signed=claim.comparison == 'difference')}, n = {estimate.n}"
+
+
+def published(claim: Claim) -> str:
+    """Return the published value of a claim with its unit and the tolerance."""
+    low, high = claim.published
+    unit = "x" if claim.unit == "x" else f" {claim.unit}"
+    if math.isinf(high):
+        return f"over {low:g}{unit}"
+    value = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+    return f"{value}{unit} (tolerance {claim.tolerance:g})"
+
+
+def stored(entry: StoredRow) -> str:
+    """Return the verdict of stored evidence, with the study and the data it comes from."""
+    row = entry.row
+    where = f"{entry.study.directory.name} study, {entry.study.preset.data_label}"
+    figures = measured(row.claim, row.verdict.estimate)
+    return f"{row.verdict.word}: {row.subject} {figures} (stored evidence: {where})"

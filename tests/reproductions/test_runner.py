@@ -1,0 +1,141 @@
+import fcntl
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from clicktrain.errors import ConfigError, InvalidArgument
+from clicktrain.training.rundir import RunDirectory
+from reproductions import paths, preset
+from reproductions.paths import StudyDirectory
+from reproductions.preset import RunSpec
+from reproductions.runner import Runner, lock, select
+from reproductions.store import State, state
+from tests.helpers.studies import write_preset
+
+FINISH = "(out / 'result.json').write_text('{}')"
+
+
+class ScriptedRunner(Runner):
+    """A runner whose workers are scripts of a line or two instead of trainings."""
+
+    script: Callable[[RunSpec], str]
+
+    def command(self, spec: RunSpec, run: RunDirectory) -> list[str]:
+        header = f"import os, pathlib, sys, time; out = pathlib.Path({str(run.path)!r})\n"
+        return [sys.executable, "-c", header + self.script(spec)]
+
+
+def _runner(tmp_path: Path, script: Callable[[RunSpec], str], jobs: int = 1) -> tuple[ScriptedRunner, list[str]]:
+    said: list[str] = []
+    loaded = preset.load(write_preset(tmp_path / "toy.toml"))
+    runner = ScriptedRunner(StudyDirectory(tmp_path / "toy"), loaded, jobs=jobs, say=said.append)
+    runner.script = script
+    return runner, said
+
+
+def _directory(tmp_path: Path, label: str) -> RunDirectory:
+    loaded = preset.load(tmp_path / "toy.toml")
+    spec = next(spec for spec in loaded.runs() if spec.label == label)
+    return StudyDirectory(tmp_path / "toy").run(spec.config.config_id(), spec.seed)
+
+
+def test_finished_runs_are_skipped(tmp_path: Path) -> None:
+    runner, said = _runner(tmp_path, lambda spec: FINISH)
+    assert runner.run(["dense"]) == []
+    assert sum("starts" in line for line in said) == 3
+    again, said_again = _runner(tmp_path, lambda spec: "raise SystemExit('must not run')")
+    assert again.run(["dense"]) == []
+    assert [line for line in said_again if "already done" in line] == said_again
+
+
+def test_a_worker_that_dies_is_started_once_more(tmp_path: Path) -> None:
+    die_first = "first = not (out / 'seen').exists(); (out / 'seen').touch()\nif first: os.kill(os.getpid(), 9)\n"
+    runner, said = _runner(tmp_path, lambda spec: die_first + FINISH)
+    assert runner.run(["PAT/0"]) == []
+    assert "run 1 of 1: PAT/0: its process died; starts again" in said
+    assert state(_directory(tmp_path, "PAT/0")) is State.DONE
+
+
+def test_a_crash_costs_one_run_and_is_noted(tmp_path: Path) -> None:
+    def script(spec: RunSpec) -> str:
+        return "print('out of luck'); os.kill(os.getpid(), 9)" if spec.label == "PAT/0" else FINISH
+
+    runner, said = _runner(tmp_path, script)
+    failed = runner.run(["*/0"])
+    assert [spec.label for spec in failed] == ["PAT/0"]
+    directory = _directory(tmp_path, "PAT/0")
+    assert state(directory) is State.FAILED
+    assert json.loads(paths.failure(directory).read_text()) == {"exit_code": -9, "reason": "out of luck"}
+    assert paths.log(directory).read_text().splitlines() == ["out of luck"] * 2
+    assert state(_directory(tmp_path, "ClickTrain/0")) is State.DONE
+    assert any(line.endswith("FAILED with signal 9") for line in said)
+
+
+def test_a_refused_configuration_is_not_tried_again(tmp_path: Path) -> None:
+    runner, said = _runner(tmp_path, lambda spec: "print('error: no such thing'); sys.exit(2)")
+    assert len(runner.run(["PAT/0"])) == 1
+    assert not any("starts again" in line for line in said)
+
+
+def test_a_failed_run_is_tried_again_by_the_next_runner(tmp_path: Path) -> None:
+    _runner(tmp_path, lambda spec: "sys.exit(2)")[0].run(["PAT/0"])
+    assert _runner(tmp_path, lambda spec: FINISH)[0].run(["PAT/0"]) == []
+    assert not paths.failure(_directory(tmp_path, "PAT/0")).exists()
+
+
+def test_several_jobs_share_the_cores(tmp_path: Path) -> None:
+    meet = "(out.parent / 'here').touch()\nwhile len(list(out.parent.parent.glob('*/here'))) < 2: time.sleep(0.01)\n"
+    note = "(out / 'threads').write_text(os.environ.get('OMP_NUM_THREADS', ''))\n"
+    runner, _ = _runner(tmp_path, lambda spec: meet + note + FINISH, jobs=2)
+    assert runner.run(["dense/0", "PAT/0"]) == []
+    threads = [(_directory(tmp_path, label).path / "threads").read_text() for label in ("dense/0", "PAT/0")]
+    assert all(int(count) >= 1 for count in threads)
+
+
+def test_a_second_runner_is_refused(tmp_path: Path) -> None:
+    runner, _ = _runner(tmp_path, lambda spec: FINISH)
+    with lock(tmp_path / "toy" / "lock"), pytest.raises(ConfigError, match="another runner is at work"):
+        runner.run()
+
+
+def test_an_orphaned_worker_is_waited_for(tmp_path: Path) -> None:
+    runner, said = _runner(tmp_path, lambda spec: "raise SystemExit('must not run')")
+    directory = _directory(tmp_path, "dense/0")
+    directory.path.mkdir(parents=True)
+    with directory.lock.open("w") as orphan:
+        fcntl.flock(orphan, fcntl.LOCK_EX)
+        assert state(directory) is State.RUNNING
+        thread = threading.Thread(target=runner.run, args=(["dense/0"],))
+        thread.start()
+        while not said:
+            time.sleep(0.01)
+        directory.result.write_text("{}")
+    thread.join(timeout=10)
+    assert "still at work on it" in said[0]
+    assert "already done" in said[1]
+
+
+def test_filters_take_methods_seeds_and_wildcards(tmp_path: Path) -> None:
+    runs = preset.load(write_preset(tmp_path / "toy.toml")).runs()
+    assert [run.label for run in select(runs, ["PAT"])] == ["PAT/0", "PAT/1", "PAT/2"]
+    assert [run.label for run in select(runs, ["*/1"])] == ["dense/1", "PAT/1", "ClickTrain/1"]
+    assert [run.label for run in select(runs, ["PAT/2", "dense/0"])] == ["dense/0", "PAT/2"]
+    assert select(runs, []) == runs
+    with pytest.raises(InvalidArgument, match="--only PTA: matches none of the runs dense/0"):
+        select(runs, ["PAT", "PTA"])
+
+
+def test_jobs_must_be_positive(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match="--jobs 0"):
+        _runner(tmp_path, lambda spec: FINISH, jobs=0)
+
+
+def test_an_unwritable_results_directory_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot write the results directory"), lock(tmp_path / "file" / "lock"):
+        pass
