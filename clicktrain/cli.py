@@ -83,8 +83,9 @@ def evaluate(
 ) -> None:
     """Evaluate the last checkpoint of a run."""
     from clicktrain.training import evaluate_run
+    from clicktrain.training.progress import ProgressLines
 
-    figures = evaluate_run(run_dir)
+    figures = evaluate_run(run_dir, ProgressLines(sys.stderr))
     if as_json:
         print(json.dumps(figures, indent=2))
         return

@@ -15,6 +15,7 @@ def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep compiled and tuned kernels of this machine out of the tests, and theirs out of it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CLICKTRAIN_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("CLICKTRAIN_DISABLE_JIT", "1")  # the generic kernels do; tests/kernels compiles its own
         yield
 
 

@@ -73,7 +73,13 @@ class Backend:
         return True
 
 
-BACKENDS = {backend.name: backend for backend in (Backend("reference", "clicktrain.kernels.reference"),)}
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("cpu", "clicktrain.kernels.cpu.backend", ("cpu",), (torch.float32,)),
+        Backend("reference", "clicktrain.kernels.reference"),
+    )
+}
 """Every backend, fastest first."""
 
 

@@ -21,7 +21,9 @@ class AssignmentLike(Protocol):
     """Anything that carries the pattern index of each kernel, as `clicktrain.Assignment` does."""
 
     @property
-    def index(self) -> Tensor: ...
+    def index(self) -> Tensor:
+        """Pattern of each kernel, (C_out, C_in) uint8."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +71,27 @@ class Plan:
     def values_shape(self) -> Pair:
         """Shape (kept_kernels, entries) of the values."""
         return (self.positions.shape[0], self.pool.entries)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of a forward pass, padding included."""
+        return self.positions.numel() * self.input_shape[0] * self.output_shape[2] * self.output_shape[3]
+
+    def __str__(self) -> str:
+        kept, total = self.values_shape[0], self.index.numel()
+        by_filter = (self.index != PRUNED).sum(1).tolist()
+        by_pattern = torch.bincount(self.index[self.index != PRUNED], minlength=len(self.pool)).tolist()
+        compression = total * self.pool.kernel_size**2 / max(1, kept * self.pool.entries)
+        lines = [
+            f"pattern convolution {self.input_shape} -> {self.output_shape}, stride {self.stride}, "
+            f"padding {self.padding}",
+            f"  kernels: {kept} of {total} kept, "
+            f"{min(by_filter, default=0)} to {max(by_filter, default=0)} in a filter",
+            f"  weights: {kept * self.pool.entries} kept, compression {compression:.2f}x, {self.macs} MACs",
+            *(f"  pattern {pattern}: {count} kernels" for pattern, count in zip(self.pool, by_pattern, strict=True)),
+            f"  digest {self.digest[:16]}",
+        ]
+        return "\n".join(lines)
 
 
 def output_size(size: Pair, kernel_size: int, stride: Pair, padding: Pair) -> Pair:

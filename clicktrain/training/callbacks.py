@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -78,18 +79,18 @@ class TensorBoard(Callback):
     """
 
     def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ConfigError("train.tensorboard = true needs the package tensorboard: it is not installed") from None
-        self._open: Callable[[int], Any] = lambda step: SummaryWriter(str(folder), purge_step=step)
+        if find_spec("tensorboard") is None:
+            raise ConfigError("train.tensorboard = true needs the package tensorboard: it is not installed")
+        self._folder = folder
         self._writer: Any = None
         self._step = 0
 
     def on_start(self, step: int, total_steps: int) -> None:
         """Open the event file; what an earlier process logged beyond `step` is declared void."""
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and few runs need it
+
         self._step = step
-        self._writer = self._open(step)
+        self._writer = SummaryWriter(str(self._folder), purge_step=step)
 
     def on_step(self, record: dict[str, Any]) -> None:
         """Log the loss and the learning rate."""
@@ -102,8 +103,7 @@ class TensorBoard(Callback):
 
     def on_end(self) -> None:
         """Close the event file."""
-        if self._writer is not None:
-            self._writer.close()
+        self._writer.close()
 
     def _add(self, group: str, record: dict[str, Any], keys: tuple[str, ...]) -> None:
         for key in keys:

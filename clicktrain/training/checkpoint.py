@@ -83,11 +83,6 @@ class CheckpointStore:
             raise CheckpointError(f"every checkpoint in {self.folder} is damaged: train again into another directory")
         return None
 
-    def clean(self) -> None:
-        """Remove what a process killed while writing has left behind; only the owner of the run may."""
-        for path in self.folder.glob(".step-*.tmp"):
-            path.unlink()
-
     def _newest_first(self) -> list[Path]:
         paths = [path for path in self.folder.glob("*.pt") if _NAME.fullmatch(path.name)]
         return sorted(paths, key=_step, reverse=True)

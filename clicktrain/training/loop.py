@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from clicktrain.data import Loader, Split
 from clicktrain.errors import DivergedError
@@ -54,6 +54,17 @@ class Trainer:
         Memory format of the network.
     phase : int
         Phase whose optimizer is built.
+
+    Attributes
+    ----------
+    position : Position
+        Where training stands.
+    total_steps : int
+        Steps of all phases together.
+    layers : list of LayerCost
+        Of the dense network.
+    meter : CostMeter
+        FLOPs spent so far.
     """
 
     def __init__(self, session: Session, *, channels_last: bool = False, phase: int = 0) -> None:
@@ -61,12 +72,16 @@ class Trainer:
         self.channels_last = channels_last
         self.timeline = Timeline(session.method.phases, session.config.train)
         self.position = Position(phase=phase)
+        self._loaders = [session.train_loader(entry) for entry in self.timeline.phases]
+        lengths = zip(self.timeline.phases, self._loaders, strict=True)
+        self.total_steps = sum(entry.epochs * len(loader) for entry, loader in lengths)
         self.layers = layer_costs(session.model, session.data.image_shape)
         self.meter = CostMeter(self.layers)
         self._stepper = Stepper(session, self.meter)
         self.method.seed, self.method.lr_at = session.seed, self.timeline.lr
         model = use_channels_last(session.model) if channels_last else session.model
-        self.method.setup(model, self._build_optimizer(model, phase), session.example_input())
+        optimizer = build_optimizer(model, session.config.train, self.timeline.phases[phase])
+        self.method.setup(model, optimizer, session.example_input())
 
     @classmethod
     def from_state(cls, session: Session, state: dict[str, Any]) -> Trainer:
@@ -96,11 +111,6 @@ class Trainer:
         }
 
     @property
-    def total_steps(self) -> int:
-        """Steps of all phases together."""
-        return sum(phase.epochs * len(self.session.train_loader(phase)) for phase in self.timeline.phases)
-
-    @property
     def is_done(self) -> bool:
         """Whether all epochs are done."""
         return self.position.epoch == self.timeline.epochs
@@ -124,6 +134,12 @@ class Trainer:
             yield from self._steps()
             yield self._finish_epoch()
 
+    def check_finite(self) -> None:
+        """Raise DivergedError if a weight or statistic of the network is NaN or infinite."""
+        for name, tensor in self.method.model.state_dict().items():
+            if not torch.isfinite(tensor).all():
+                raise DivergedError(f"{name} is no longer finite after step {self.position.step - 1}")
+
     def evaluate(self, split: Split | None, network: nn.Module | None = None) -> float | None:
         """Return the accuracy in percent on a split, of the network as it is or of another; None without a split."""
         if split is None:
@@ -132,12 +148,10 @@ class Trainer:
         return accuracy(network or self.method.model, batches, self.session.config.train.amp)
 
     def _loader(self) -> Loader:
-        loader = self.session.train_loader(self.timeline.phases[self.position.phase])
+        """Return the batches of the current epoch."""
+        loader = self._loaders[self.position.phase]
         loader.set_epoch(self.position.epoch)
         return loader
-
-    def _build_optimizer(self, model: nn.Module, phase: int) -> Optimizer:
-        return build_optimizer(model.parameters(), self.session.config.train, self.timeline.phases[phase])
 
     def _begin_epoch(self) -> None:
         """Enter a phase that begins here, with an optimizer of its own, and let the method begin the epoch."""
@@ -147,7 +161,8 @@ class Trainer:
         phase = self.timeline.index(position.epoch)
         if phase != position.phase:
             position.phase = phase
-            method.begin_phase(phase, self._build_optimizer(method.model, phase))
+            train = self.session.config.train
+            method.begin_phase(phase, build_optimizer(method.model, train, self.timeline.phases[phase]))
         method.on_epoch(position.epoch, self._loader())
         self.meter.add_extra(method)
         position.images, position.loss_sum, position.train_seconds = 0, 0.0, 0.0

@@ -6,7 +6,6 @@ positions in the groups mean nothing after a restart: a checkpoint names every p
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,8 +18,8 @@ from clicktrain.errors import InvalidArgument
 from clicktrain.method import Phase
 
 
-def build_optimizer(parameters: Iterable[Parameter], train: TrainConfig, phase: Phase) -> Optimizer:
-    """Return the optimizer of a phase; what the phase leaves open is the run's.
+def build_optimizer(model: nn.Module, train: TrainConfig, phase: Phase) -> Optimizer:
+    """Return the optimizer of a phase over all parameters; what the phase leaves open is the run's.
 
     Raises
     ------
@@ -31,9 +30,11 @@ def build_optimizer(parameters: Iterable[Parameter], train: TrainConfig, phase: 
     lr = train.lr if phase.lr is None else phase.lr
     decay = train.weight_decay if phase.weight_decay is None else phase.weight_decay
     if name == "sgd":
-        return torch.optim.SGD(parameters, lr=lr, momentum=train.momentum, nesterov=train.nesterov, weight_decay=decay)
+        return torch.optim.SGD(
+            model.parameters(), lr=lr, momentum=train.momentum, nesterov=train.nesterov, weight_decay=decay
+        )
     if name == "adam":
-        return torch.optim.Adam(parameters, lr=lr, betas=(train.momentum, 0.999), weight_decay=decay)
+        return torch.optim.Adam(model.parameters(), lr=lr, betas=(train.momentum, 0.999), weight_decay=decay)
     raise InvalidArgument(f"optimizer {name!r} of phase {phase.name!r}: expected sgd or adam")
 
 

@@ -73,6 +73,7 @@ def train(
             watch.on_note(f"{directory.path}: this run is done, nothing left to do")
             return result
         session = build(config, seed)
+        run = _Run(directory, session, watch)  # what cannot work fails here, before the directory is taken
         origin = provenance.collect(
             seed=seed, data_fingerprint=session.data.fingerprint, concurrent_runs=concurrent_runs
         )
@@ -82,7 +83,7 @@ def train(
             directory.begin(config, origin)
         if config.data.eval_on == "test":
             watch.on_note("the best epoch is chosen on the test set, as in the official code: optimistic")
-        return _Run(directory, session, watch).finish()
+        return run.finish()
 
 
 def evaluate_run(out: str | os.PathLike[str], callback: Callback | None = None) -> dict[str, Any]:
@@ -108,7 +109,7 @@ def evaluate_run(out: str | os.PathLike[str], callback: Callback | None = None) 
     """
     directory = RunDirectory(out)
     session = build(directory.read_config(), directory.read_record()["seed"])
-    state = CheckpointStore(directory.checkpoints).load((callback or Callback()).on_note)
+    state = _load(CheckpointStore(directory.checkpoints), callback or Callback())
     if state is None:
         raise CheckpointError(f"{directory.path} holds no checkpoint yet")
     trainer = Trainer.from_state(session, state["trainer"])
@@ -132,55 +133,56 @@ class _Run:
         self._started = time.perf_counter()
         self._directory, self._watch, self._config = directory, watch, session.config
         self._store = CheckpointStore(directory.checkpoints, session.config.train.keep)
-        self._store.clean()
-        state = self._store.load(watch.on_note)
+        state = _load(self._store, watch)
         if state is None:
             self._trainer = Trainer(session, channels_last=_channels_last(session))
-            self._earlier_seconds, size = 0.0, 0
+            self._earlier_seconds, self._metrics_bytes = 0.0, 0
         else:
             self._trainer = Trainer.from_state(session, state["trainer"])
-            self._earlier_seconds, size = state["seconds"], state["metrics_bytes"]
-        self._metrics = MetricsLog(directory.metrics, size)
+            self._earlier_seconds, self._metrics_bytes = state["seconds"], state["metrics_bytes"]
 
     def finish(self) -> dict[str, Any]:
         """Train to the end, write the result and return it."""
         trainer, watch = self._trainer, self._watch
         if trainer.position.step:
             watch.on_note(f"going on after step {trainer.position.step} of {trainer.total_steps}")
-        else:
-            self._checkpoint()  # keeps the memory format that was chosen
+        metrics = MetricsLog(self._directory.metrics, self._metrics_bytes)
         watch.on_start(trainer.position.step, trainer.total_steps)
         try:
+            if not trainer.position.step:
+                self._checkpoint(metrics)  # keeps the memory format that was chosen
             for record in trainer.records():
-                self._take(record)
+                self._take(record, metrics)
         except DivergedError as error:
             raise DivergedError(f"{error}; last good checkpoint: {self._store.latest()}") from None
         finally:
-            self._metrics.close()
+            metrics.close()
             watch.on_end()
         result = summarise(trainer, trainer.method.finish(), self._directory.metrics, self._seconds())
         self._directory.write_result(result)
         return result
 
-    def _take(self, record: Record) -> None:
-        self._metrics.write(record)
+    def _take(self, record: Record, metrics: MetricsLog) -> None:
+        """Write a record and, where one is due, a checkpoint; only then tell those who watch."""
+        metrics.write(record)
         every = self._config.train.checkpoint_every
         if record["kind"] == "epoch":
-            self._checkpoint()
+            self._checkpoint(metrics)
             self._watch.on_epoch(record)
         else:
             if every and self._trainer.position.step % every == 0:
-                self._checkpoint()
+                self._checkpoint(metrics)
             self._watch.on_step(record)
 
-    def _checkpoint(self) -> None:
+    def _checkpoint(self, metrics: MetricsLog) -> None:
+        self._trainer.check_finite()
         self._store.save(
             self._trainer.position.step,
             {
                 "schema": CHECKPOINT_SCHEMA,
                 "config_id": self._config.config_id(),
                 "seed": self._trainer.session.seed,
-                "metrics_bytes": self._metrics.sync(),
+                "metrics_bytes": metrics.sync(),
                 "seconds": self._seconds(),
                 "trainer": self._trainer.state_dict(),
             },
@@ -189,6 +191,17 @@ class _Run:
     def _seconds(self) -> float:
         """Return the wall-clock time of all segments of the run so far."""
         return self._earlier_seconds + time.perf_counter() - self._started
+
+
+def _load(store: CheckpointStore, watch: Callback) -> dict[str, Any] | None:
+    """Return the newest state that is whole, if it is one that this version can read."""
+    state = store.load(watch.on_note)
+    if state is not None and state["schema"] != CHECKPOINT_SCHEMA:
+        raise CheckpointError(
+            f"{store.folder} holds checkpoints of format {state['schema']}, expected {CHECKPOINT_SCHEMA}: "
+            "go on with the version that wrote them"
+        )
+    return state
 
 
 def _channels_last(session: Session) -> bool:

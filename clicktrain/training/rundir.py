@@ -52,6 +52,8 @@ class RunDirectory:
             raise InvalidArgument(f"cannot write the run directory {self.path}: {error.strerror}") from None
         try:
             self._lock(handle)
+            for leaving in self.path.rglob(".*.tmp"):  # of processes that were killed while writing
+                leaving.unlink()
             yield
         finally:
             os.close(handle)
@@ -59,7 +61,7 @@ class RunDirectory:
     def _lock(self, handle: int) -> None:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             owner = os.pread(handle, 32, 0).decode() or "unknown"
             raise InvalidArgument(f"{self.path} is in use: process {owner} trains in it") from None
         os.ftruncate(handle, 0)
@@ -129,8 +131,16 @@ class RunDirectory:
         write_atomic(self.config, config.to_toml())
 
     def note_resumed(self, origin: dict[str, Any]) -> None:
-        """Add the provenance of a process that takes the run up again."""
+        """Add the provenance of a process that takes the run up again.
+
+        Raises
+        ------
+        CheckpointError
+            The data are no longer those that the run began with.
+        """
         record = self.read_record()
+        if origin["data_fingerprint"] != record["data_fingerprint"]:
+            raise CheckpointError(f"{self.path}: the data set has changed since this run began; use another --out")
         record["resumed"].append(origin)
         self._write_json(self.provenance, record)
 

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from clicktrain import data, models
 from clicktrain.config import RunConfig, TrainConfig
 from clicktrain.data import DataSet, Loader, Split
-from clicktrain.errors import ClickTrainError, ConfigError
+from clicktrain.errors import ClickTrainError, ConfigError, InvalidArgument
 from clicktrain.method import Method, Phase
 from clicktrain.training.seeding import seed_torch
 
 METHODS = {"clicktrain": "clicktrain.algorithm:ClickTrain", "dense": "baselines.dense:Dense"}
 """Short names of methods; ``module:Class`` reaches all others."""
+
+_EVAL_BATCH = 250
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Session:
 
     def eval_batches(self, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over a split once, in order and without augmentation."""
-        return iter(self._loader(split, 250, train=False))
+        return iter(self._loader(split, _EVAL_BATCH, train=False))
 
     def _loader(self, split: Split, batch_size: int, *, train: bool, augment: str = "none") -> Loader:
         return Loader(
@@ -99,6 +101,8 @@ def build(config: RunConfig, seed: int) -> Session:
     ClickTrainError
         A name is unknown, a value cannot work, or data are missing; the message names it.
     """
+    if seed < 0:
+        raise InvalidArgument(f"seed={seed}: expected at least 0")
     device = choose_device(config.train)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)

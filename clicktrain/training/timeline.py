@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -41,7 +42,7 @@ class Timeline:
 
     def index(self, epoch: int) -> int:
         """Return the index of the phase that an epoch lies in."""
-        return next(index for index, end in enumerate(self._ends) if epoch < end)
+        return bisect_right(self._ends, epoch)
 
     def lr(self, position: float) -> float:
         """Return the learning rate at an epoch position (epoch + batch / batches) of the run."""

@@ -22,6 +22,9 @@ BATCH = 5
 DENSE = "tests.helpers.toy:Plain"
 TWO_PHASES = "tests.helpers.toy:Rewriter"
 
+OPTIONS = {"target_compression": 2.5, "select_at": 1, "prune_at": 2, "batches": 2, "backend": "reference"}
+"""Of a ClickTrain run: epoch 0 dense, epoch 1 regularised, epoch 2 sparse; nothing to be compiled."""
+
 
 def config(method: str = DENSE, options: dict[str, Any] | None = None, **train: Any) -> RunConfig:
     """Return a run of 3 epochs of 5 steps (24 training images of 30), checkpointed every 2 steps."""
@@ -45,8 +48,8 @@ def config(method: str = DENSE, options: dict[str, Any] | None = None, **train: 
 
 
 def clicktrain_config(**train: Any) -> RunConfig:
-    """Return a ClickTrain run: epoch 0 dense, epoch 1 regularised, epoch 2 sparse."""
-    return config("clicktrain", {"target_compression": 2.5, "select_at": 1, "prune_at": 2, "batches": 2}, **train)
+    """Return a ClickTrain run of `OPTIONS`."""
+    return config("clicktrain", OPTIONS, **train)
 
 
 def load_data(name: str, *_: object, **__: object) -> DataSet:

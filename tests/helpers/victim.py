@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # the first optimizer imports it, which takes seconds: here it is once for all victims
 
 import clicktrain.data
 import clicktrain.models

@@ -41,13 +41,13 @@ def test_a_few_kills(tmp_path: Path) -> None:
         kill_in_write(config, tmp_path / "killed", moment, 1)
     Victim(config, tmp_path / "killed").finish()
     assert fingerprint(tmp_path / "killed") == expected
-    assert not list((tmp_path / "killed" / "checkpoints").glob(".*")), "leavings of the kills"
+    assert not list((tmp_path / "killed").rglob("*.tmp")), "leavings of the kills"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["clicktrain", "two phases"])
 def test_twenty_kills_of_which_five_in_a_write(tmp_path: Path, method: str) -> None:
-    options = {"target_compression": 2.5, "select_at": 4, "prune_at": 8, "batches": 2}
+    options = toy.OPTIONS | {"select_at": 4, "prune_at": 8}
     config = {
         "clicktrain": toy.config("clicktrain", options, epochs=14),
         "two phases": toy.config(toy.TWO_PHASES, epochs=14),

@@ -18,13 +18,7 @@ from clicktrain.training import Trainer, build
 from tests.helpers import toy
 from tests.helpers.toy import without_times
 
-LATE_PRUNE = {
-    "target_compression": 2.5,
-    "select_at": 1,
-    "prune_at": 2,
-    "prune_after_step": True,
-    "mixup_after_prune": 0.3,
-}
+LATE_PRUNE = toy.OPTIONS | {"prune_after_step": True, "mixup_after_prune": 0.3}
 CONFIGS = {
     "dense": toy.config(batch_size=8, mixup=0.3, label_smoothing=0.1, clip_norm=1.0),
     "two phases": toy.config(toy.TWO_PHASES, batch_size=8),

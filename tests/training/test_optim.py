@@ -27,7 +27,7 @@ def step(model: nn.Module, optimizer: Optimizer) -> None:
 
 def test_a_phase_goes_before_the_run() -> None:
     model = network()
-    own = build_optimizer(model.parameters(), TRAIN, Phase("a", 1))
+    own = build_optimizer(model, TRAIN, Phase("a", 1))
     assert isinstance(own, torch.optim.SGD)
     assert {key: own.defaults[key] for key in ("lr", "momentum", "nesterov", "weight_decay")} == {
         "lr": 0.5,
@@ -35,7 +35,7 @@ def test_a_phase_goes_before_the_run() -> None:
         "nesterov": True,
         "weight_decay": 0.01,
     }
-    other = build_optimizer(model.parameters(), TRAIN, Phase("b", 1, lr=0.1, weight_decay=0.0, optimizer="adam"))
+    other = build_optimizer(model, TRAIN, Phase("b", 1, lr=0.1, weight_decay=0.0, optimizer="adam"))
     assert isinstance(other, torch.optim.Adam)
     assert {key: other.defaults[key] for key in ("lr", "betas", "weight_decay")} == {
         "lr": 0.1,
@@ -46,13 +46,13 @@ def test_a_phase_goes_before_the_run() -> None:
 
 def test_unknown_optimizer() -> None:
     with pytest.raises(InvalidArgument, match="optimizer 'sdg' of phase 'a': expected sgd or adam"):
-        build_optimizer(network().parameters(), TRAIN, Phase("a", 1, optimizer="sdg"))
+        build_optimizer(network(), TRAIN, Phase("a", 1, optimizer="sdg"))
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam"])
 def test_rewritten_groups_are_restored_by_name(name: str) -> None:
     model = network()
-    optimizer = build_optimizer(model.parameters(), TRAIN, Phase("a", 1, optimizer=name))
+    optimizer = build_optimizer(model, TRAIN, Phase("a", 1, optimizer=name))
     group = optimizer.param_groups[0]
     bias = group["params"].pop()
     group["params"].reverse()
@@ -61,7 +61,7 @@ def test_rewritten_groups_are_restored_by_name(name: str) -> None:
 
     twin = network()
     twin.load_state_dict(model.state_dict())
-    fresh = build_optimizer(twin.parameters(), TRAIN, Phase("a", 1, optimizer=name))
+    fresh = build_optimizer(twin, TRAIN, Phase("a", 1, optimizer=name))
     restore_optimizer(fresh, twin, copy.deepcopy(optimizer_state(optimizer, model)))
     assert [len(group["params"]) for group in fresh.param_groups] == [3, 1]
     assert [group["lr"] for group in fresh.param_groups] == [0.5, 0.125]

@@ -205,6 +205,14 @@ def test_another_configuration_is_refused_and_nothing_is_lost(
     assert content(finished) == before
 
 
+def test_leavings_of_a_killed_writer_are_removed(tmp_path: Path) -> None:
+    interrupt(tmp_path, 8)
+    for name in (".result.json.abc.tmp", "checkpoints/.step-000000008-0123.pt.abc.tmp"):
+        (tmp_path / name).write_text("half")
+    train(CONFIG, tmp_path, callbacks=[])
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     with RunDirectory(tmp_path).claim(), pytest.raises(InvalidArgument, match=r"is in use: process \d+ trains in it"):
         train(CONFIG, tmp_path, callbacks=[])
@@ -238,7 +246,21 @@ def test_what_cannot_work_is_one_error_that_names_it(tmp_path: Path, change: dic
     with pytest.raises(ClickTrainError, match=message) as caught:
         train(RunConfig.from_dict(values), tmp_path, callbacks=[])
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "result.json").exists()
+    train(CONFIG, tmp_path, callbacks=[])  # corrected, the same command works in the same directory
+
+
+def test_changed_data_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt(tmp_path, 8)
+    monkeypatch.setattr("clicktrain.data.DataSet.fingerprint", "other images")
+    with pytest.raises(CheckpointError, match="the data set has changed since this run began"):
+        train(CONFIG, tmp_path, callbacks=[])
+
+
+def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt(tmp_path, 8)
+    monkeypatch.setattr("clicktrain.training.run.CHECKPOINT_SCHEMA", 2)
+    with pytest.raises(CheckpointError, match="holds checkpoints of format 1, expected 2"):
+        train(CONFIG, tmp_path, callbacks=[])
 
 
 def test_divergence_names_the_step_and_the_last_good_checkpoint(tmp_path: Path) -> None:
@@ -250,6 +272,16 @@ def test_divergence_names_the_step_and_the_last_good_checkpoint(tmp_path: Path) 
     named = Path(str(error.value).rpartition(": ")[2])
     weights = torch.load(named, weights_only=True)["trainer"]["model"]
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def overflow(method: toy.Plain) -> None:
+        method.model[0].weight.data[0, 0, 1, 1] = float("inf")
+
+    monkeypatch.setattr(toy.Plain, "after_step", overflow)
+    config = toy.config(checkpoint_every=1)
+    with pytest.raises(DivergedError, match=r"0.weight is no longer finite after step 0; last .*step-000000000"):
+        train(config, tmp_path, callbacks=[])
 
 
 def test_the_use_of_the_test_set_is_said(tmp_path: Path) -> None:
@@ -288,7 +320,7 @@ def test_tensorboard_logs_every_epoch(tmp_path: Path) -> None:
 
 
 def test_tensorboard_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    monkeypatch.setattr("clicktrain.training.callbacks.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="needs the package tensorboard"):
         train(toy.config(tensorboard=True), tmp_path, callbacks=[])
 

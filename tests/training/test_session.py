@@ -10,6 +10,8 @@ from clicktrain.errors import ClickTrainError, ConfigError, InvalidArgument
 from clicktrain.training.session import build, build_method, choose_device
 from tests.helpers import toy
 
+SHORT: dict[str, dict[str, Any]] = {"clicktrain": toy.OPTIONS, "dense": {}}
+
 
 def test_equal_seeds_give_equal_starts_to_different_methods() -> None:
     dense, clicktrain = build(toy.config(), 3), build(toy.clicktrain_config(), 3)
@@ -44,6 +46,13 @@ def test_options_reach_the_method() -> None:
     assert (method.stages.select_at, method.stages.prune_at, method.stages.epochs) == (1, 2, 3)
 
 
+def test_short_names() -> None:
+    assert {name: build_method(toy.config(name, options)).name for name, options in SHORT.items()} == {
+        "clicktrain": "clicktrain",
+        "dense": "dense",
+    }
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
@@ -71,6 +80,11 @@ def test_absent_devices(device: str) -> None:
 def test_fp16_needs_cuda() -> None:
     with pytest.raises(ConfigError, match=r'train.amp = "fp16" needs a CUDA device, not cpu'):
         choose_device(toy.config(amp="fp16").train)
+
+
+def test_a_seed_is_not_negative() -> None:
+    with pytest.raises(InvalidArgument, match="seed=-1: expected at least 0"):
+        build(toy.config(), -1)
 
 
 def test_a_batch_larger_than_the_data() -> None:

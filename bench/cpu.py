@@ -1,0 +1,276 @@
+"""The CPU backend against the best dense layout of torch: `python -m bench.cpu [--quick] [--out FILE]`.
+
+Three parts: every function of every layer of the goals, blocked and NCHW to NCHW, with its share of the machine's
+peak; the goals, as geometric means; a whole training step of VGG-13. All that is compared is timed in the same rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import clicktrain
+from bench.suite.workloads import GOALS, STEP_GOAL, VGG13_RATIOS, Goal, Workload
+from clicktrain import kernels, models, provenance, timing
+from clicktrain.files import write_atomic
+from clicktrain.kernels.cpu import backend
+
+aten = torch.ops.aten
+
+DENSE = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+"""The dense contenders: torch's memory formats."""
+TOLERANCE = 1e-4  # dense and sparse sum in different orders; the tests hold the sparse kernels to 1e-5 of float64
+SHAPE_WIDTH = 44
+
+
+@dataclass(frozen=True)
+class Row:
+    """One function of one workload.
+
+    Attributes
+    ----------
+    workload, function : str
+        What was measured.
+    dense : str
+        The dense layout that was fastest.
+    speedup_blocked, speedup_nchw : float
+        Times faster than that, with blocked activations, and with packing and unpacking.
+    share_of_peak : float
+        Multiply-adds done, blocked, over those that the machine could do in registers in the same time.
+    timings : list of dict
+        Of every contender.
+    """
+
+    workload: str
+    function: str
+    dense: str
+    speedup_blocked: float
+    speedup_nchw: float
+    share_of_peak: float
+    timings: list[dict[str, object]]
+
+    def speedup(self, layout: str) -> float:
+        """Return the speed-up for "blocked" or "nchw"."""
+        return self.speedup_blocked if layout == "blocked" else self.speedup_nchw
+
+    def __str__(self) -> str:
+        return (
+            f"{self.workload:{SHAPE_WIDTH}}{self.function:12}{self.speedup_blocked:7.2f}x{self.speedup_nchw:7.2f}x"
+            f"{self.share_of_peak:7.0%}  {self.dense}"
+        )
+
+
+class Case:
+    """Operands of a workload, and contenders for the three functions on them.
+
+    Parameters
+    ----------
+    workload : Workload
+        The layer with its sparsity and batch.
+    """
+
+    def __init__(self, workload: Workload) -> None:
+        self.workload, self.shape = workload, workload.shape
+        self.assignment = workload.assignment()
+        self.x, self.dy, weight = workload.operands()
+        self.weight = weight * self.assignment.mask()
+        self.values = self.assignment.gather(self.weight).contiguous()
+        self.plan = kernels.plan(self.assignment, None, workload.input_shape, self.shape.stride, self.shape.padding)
+        self.xb, self.dyb = backend.pack(self.x), backend.pack(self.dy)
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of each function, kept weights only."""
+        height, width = self.shape.output_size
+        return 2 * self.values.numel() * self.workload.batch * height * width
+
+    def dense(self, function: str, layout: torch.memory_format) -> timing.Contender:
+        """Return the dense contender in a memory format."""
+        x, dy, w = (tensor.contiguous(memory_format=layout) for tensor in (self.x, self.dy, self.weight))
+        stride, padding = [self.shape.stride] * 2, [self.shape.padding] * 2
+        if function == "forward":
+            return timing.Contender(lambda: F.conv2d(x, w, None, stride, padding))
+
+        def backward(wanted: int) -> Tensor:
+            mask = [wanted == 0, wanted == 1, False]
+            gradients = aten.convolution_backward(dy, x, w, None, stride, padding, [1, 1], False, [0, 0], 1, mask)
+            return gradients[wanted]  # type: ignore[no-any-return]
+
+        if function == "grad_input":
+            return timing.Contender(lambda: backward(0))
+        return timing.Contender(lambda: backward(1), lambda dw: self.assignment.gather(cast(Tensor, dw)))
+
+    def blocked(self, function: str) -> timing.Contender:
+        """Return the sparse contender on blocked activations."""
+
+        def unpacked(y: object) -> Tensor:
+            return backend.unpack(cast(Tensor, y), self.workload.batch)
+
+        if function == "forward":
+            return timing.Contender(lambda: backend.forward_blocked(self.xb, self.values, self.plan), unpacked)
+        if function == "grad_input":
+            return timing.Contender(lambda: backend.grad_input_blocked(self.dyb, self.values, self.plan), unpacked)
+        return timing.Contender(lambda: backend.grad_values_blocked(self.xb, self.dyb, self.plan))
+
+    def nchw(self, function: str) -> timing.Contender:
+        """Return the sparse contender that packs and unpacks."""
+        if function == "forward":
+            return timing.Contender(lambda: backend.forward(self.x, self.values, self.plan))
+        if function == "grad_input":
+            return timing.Contender(lambda: backend.grad_input(self.dy, self.values, self.plan))
+        return timing.Contender(lambda: backend.grad_values(self.x, self.dy, self.plan))
+
+
+@torch.inference_mode()
+def measure(workload: Workload, function: str, rounds: int) -> Row:
+    """Check and time one function of a workload against the dense layouts."""
+    case, peak = Case(workload), timing.peak()
+    contenders = {name: case.dense(function, layout) for name, layout in DENSE.items()}
+    truth = contenders["NCHW"]
+    assert truth.result is not None
+    contenders |= {
+        "blocked": case.blocked(function),
+        "nchw": case.nchw(function),
+        "peak": timing.Contender(peak.run, None),
+    }
+    reference = cast(Tensor, truth.result(truth.run()))
+    times = timing.compare(contenders, reference, tolerance=TOLERANCE, warmup_seconds=0.1, rounds=rounds)
+    best = times.best(*DENSE)
+    return Row(
+        workload.name, function, best, times.speedup(best, "blocked"), times.speedup(best, "nchw"),
+        times.speedup("peak", "blocked") * case.flops / peak.flops, [t.as_dict() for t in times.timings.values()],
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A goal and what was reached: the geometric mean of the speed-ups."""
+
+    name: str
+    reached: float
+    at_least: float
+
+    def __str__(self) -> str:
+        mark = "reached" if self.reached >= self.at_least else "MISSED"
+        return f"{self.name:{SHAPE_WIDTH}}{self.reached:7.2f}x  goal {self.at_least:.1f}x  {mark}"
+
+
+def check_goals(goals: Sequence[Goal], rounds: int, limit: int | None) -> tuple[list[Row], list[Verdict]]:
+    """Measure what the goals are about, each function of a workload once; at most `limit` workloads for a goal."""
+    rows: dict[tuple[str, str], Row] = {}
+    verdicts = []
+    for goal in goals:
+        speedups = []
+        for workload in goal.workloads()[:limit]:
+            key = (workload.name, goal.function)
+            if key not in rows:
+                rows[key] = measure(workload, goal.function, rounds)
+                print(rows[key], flush=True)
+            speedups.append(rows[key].speedup(goal.layout))
+        verdicts.append(Verdict(goal.name, math.exp(sum(map(math.log, speedups)) / len(speedups)), goal.at_least))
+    return list(rows.values()), verdicts
+
+
+def training_step(rounds: int, batch: int, compiled: bool) -> tuple[timing.Comparison, Verdict]:
+    """Time a training step of VGG-13, sparse at 9x, and dense in each way that torch has."""
+    torch.manual_seed(0)
+    dense = models.create("vgg13", 10)
+    x, y = torch.randn(batch, 3, 32, 32), torch.randint(0, 10, (batch,))
+    steps = {
+        name: Step(copy.deepcopy(dense).to(memory_format=layout), x.contiguous(memory_format=layout), y)  # type: ignore[call-overload]
+        for name, layout in DENSE.items()
+    }
+    if compiled:
+        steps["compiled"] = Step(copy.deepcopy(dense), x, y, compiled=True)
+    convs = [(name, m) for name, m in dense.named_modules() if isinstance(m, nn.Conv2d)][1:]
+    pairs = zip(convs, VGG13_RATIOS, strict=True)
+    clicktrain.convert(dense, {name: without_kernels(conv, percent) for (name, conv), percent in pairs})
+    contenders = {**steps, "sparse": Step(dense, x, y)}
+    times = timing.compare(contenders, None, warmup_seconds=1, rounds=rounds)
+    best = times.best(*steps)
+    for timed in times.timings.values():
+        print(f"{timed.name:{SHAPE_WIDTH}}{timed.median_ms:9.1f} ms  (p20 {timed.p20_ms:.1f}, p80 {timed.p80_ms:.1f})")
+    return times, Verdict(f"VGG-13 step, batch {batch}, against {best}", times.speedup(best, "sparse"), STEP_GOAL)
+
+
+class Step:
+    """A training step as users take it: forward, loss, backward, SGD with momentum and weight decay."""
+
+    def __init__(self, model: nn.Module, x: Tensor, y: Tensor, compiled: bool = False) -> None:
+        self._x, self._y = x, y
+        self._optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+        self._forward = torch.compile(model) if compiled else model
+
+    def __call__(self) -> None:
+        """Do one step."""
+        F.cross_entropy(self._forward(self._x), self._y).backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+
+def without_kernels(conv: nn.Conv2d, percent: int) -> clicktrain.Assignment:
+    """Return random patterns of the official pool, and a percentage of the kernels removed at random."""
+    kernels = conv.out_channels * conv.in_channels
+    index = torch.randint(0, 4, (kernels,), dtype=torch.uint8)
+    index[torch.randperm(kernels)[: math.ceil(kernels * percent / 100)]] = clicktrain.PRUNED
+    return clicktrain.Assignment(index.view(conv.out_channels, conv.in_channels), clicktrain.official_pool(4))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns 0, or 2 where the CPU backend is not available."""
+    parser = argparse.ArgumentParser(prog="python -m bench.cpu", description=__doc__)
+    parser.add_argument(
+        "--quick", action="store_true", help="one layer a goal, few rounds: proves that it runs, no more"
+    )
+    parser.add_argument("--rounds", type=int, default=15, help="samples of each contender (default %(default)s)")
+    parser.add_argument("--goals", default="", metavar="TEXT", help="only goals whose name contains this")
+    parser.add_argument("--no-step", action="store_true", help="leave out the training step")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out of the training step")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write everything as JSON")
+    options = parser.parse_args(arguments)
+    if (reason := backend.available()) is not True:
+        print(f"error: the CPU backend is not available: {reason}", file=sys.stderr)
+        return 2
+    rounds = 3 if options.quick else options.rounds
+
+    ceilings = timing.ceilings()
+    print(
+        f"{ceilings.gflops:.0f} GFLOP/s ({ceilings.source}), {ceilings.gigabytes_per_second:.0f} GB/s, "
+        f"{ceilings.threads} threads\n\n{'':{SHAPE_WIDTH + 12}}{'blocked':>8}{'NCHW':>8}{'peak':>7}  dense"
+    )
+    goals = [goal for goal in GOALS if options.goals in goal.name]
+    rows, verdicts = check_goals(goals, rounds, 1 if options.quick else None)
+    print()
+    step = None
+    if not options.no_step:
+        step, verdict = training_step(rounds, 8 if options.quick else 64, not (options.quick or options.no_compile))
+        verdicts.append(verdict)
+    print("", *verdicts, sep="\n")
+    if options.out is not None:
+        report = {
+            "schema": 1,
+            "quick": options.quick,
+            "provenance": provenance.collect(),
+            "ceilings": asdict(ceilings),
+            "threads": asdict(timing.Threads.now()),
+            "rows": [asdict(row) for row in rows],
+            "step": None if step is None else [timed.as_dict() for timed in step.timings.values()],
+            "goals": [asdict(verdict) for verdict in verdicts],
+        }
+        write_atomic(options.out, json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What is measured from commit to commit; self-contained, because asv runs it against old commits too."""

@@ -1,0 +1,122 @@
+"""Convolutions on BlockedTensors: the pattern operators, and the dense layers that every network keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clicktrain.blocked.operators import Affine, blocked, handles
+from clicktrain.blocked.tensor import BlockedTensor
+from clicktrain.kernels.backends import select
+from clicktrain.kernels.cpu import backend as cpu
+from clicktrain.kernels.cpu.blocked_ops import channel_sums
+from clicktrain.kernels.ops import plan_of
+from clicktrain.kernels.plan import Plan, plan
+from clicktrain.patterns import PatternPool
+
+aten = torch.ops.aten
+pattern = torch.ops.clicktrain
+
+
+@handles(pattern.pattern_conv2d.default)
+def _forward(
+    x: Tensor, values: Tensor, assignment: Tensor, pool: Tensor, stride: list[int], padding: list[int], backend: str
+) -> Tensor | None:
+    if select(backend, x) is not cpu:
+        return None
+    made = plan_of(assignment, pool, x.shape, stride, padding)
+    return BlockedTensor.wrap(cpu.forward_blocked(blocked(x), values, made), made.output_shape)
+
+
+@handles(pattern.pattern_conv2d_grad_input.default)
+def _grad_input(
+    dy: Tensor, values: Tensor, assignment: Tensor, pool: Tensor,
+    input_shape: list[int], stride: list[int], padding: list[int], backend: str,
+) -> Tensor | None:  # fmt: skip
+    if select(backend, dy) is not cpu:
+        return None
+    made = plan_of(assignment, pool, input_shape, stride, padding)
+    return BlockedTensor.wrap(cpu.grad_input_blocked(blocked(dy), values, made), made.input_shape)
+
+
+@handles(pattern.pattern_conv2d_grad_values.default)
+def _grad_values(
+    x: Tensor, dy: Tensor, assignment: Tensor, pool: Tensor,
+    values_shape: list[int], stride: list[int], padding: list[int], backend: str,
+) -> Tensor | None:  # fmt: skip
+    if select(backend, x) is not cpu:
+        return None
+    made = plan_of(assignment, pool, x.shape, stride, padding)
+    return cpu.grad_values_blocked(blocked(x), blocked(dy), made)
+
+
+# Dense layers (the first one, shortcuts) run on the pattern kernels too, with the pattern that keeps everything: even
+# so they are as fast as torch on NCHW, and what surrounds them is spared the unpacking and packing. Kinds that the
+# kernels do not know (groups, dilation, transposed, oblong) are unpacked for torch, and packed again.
+
+
+@handles(aten.convolution.default)
+def _dense_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
+) -> Tensor | None:  # fmt: skip
+    if not isinstance(x, BlockedTensor) or isinstance(weight, BlockedTensor) or weight.dtype != torch.float32:
+        return None
+    if not _is_pattern_kind(weight, dilation, transposed, groups):
+        rest = (weight, bias, stride, padding, dilation, transposed, output_padding, groups)
+        y = aten.convolution(_nchw(x), *rest)
+        return BlockedTensor.wrap(cpu.pack(y.contiguous()), tuple(y.shape))
+    made = _dense_plan(tuple(weight.shape), tuple(x.shape), tuple(stride), tuple(padding))
+    y = cpu.forward_blocked(blocked(x), weight.reshape(made.values_shape), made)
+    return BlockedTensor.wrap(y if bias is None else Affine(y, len(x), torch.ones_like(bias), bias), made.output_shape)
+
+
+@handles(aten.convolution_backward.default)
+def _dense_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias_sizes: Sequence[int] | None, stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None:  # fmt: skip
+    if not isinstance(x, BlockedTensor) or isinstance(weight, BlockedTensor) or weight.dtype != torch.float32:
+        return None
+    dx = dweight = dbias = None
+    if not _is_pattern_kind(weight, dilation, transposed, groups):
+        rest = (bias_sizes, stride, padding, dilation, transposed, output_padding, groups, output_mask)
+        dx, dweight, dbias = aten.convolution_backward(_nchw(dy), _nchw(x), weight, *rest)
+        return None if dx is None else BlockedTensor.wrap(cpu.pack(dx.contiguous()), tuple(x.shape)), dweight, dbias
+    made = _dense_plan(tuple(weight.shape), tuple(x.shape), tuple(stride), tuple(padding))
+    gradient = blocked(dy)
+    if output_mask[0]:
+        values = weight.reshape(made.values_shape)
+        dx = BlockedTensor.wrap(cpu.grad_input_blocked(gradient, values, made), made.input_shape)
+    if output_mask[1]:
+        dweight = cpu.grad_values_blocked(blocked(x), gradient, made).view(weight.shape)
+    if output_mask[2]:
+        dbias = channel_sums(gradient, len(x))
+    return dx, dweight, dbias
+
+
+def _is_pattern_kind(weight: Tensor, dilation: Sequence[int], transposed: bool, groups: int) -> bool:
+    return not transposed and groups == 1 and set(dilation) == {1} and weight.shape[2] == weight.shape[3]
+
+
+@lru_cache(maxsize=256)
+def _dense_plan(
+    weight_shape: tuple[int, int, int, int], input_shape: tuple[int, ...], stride: tuple[int, ...],
+    padding: tuple[int, ...],
+) -> Plan:  # fmt: skip
+    """Plan a convolution that keeps everything: its weight, flattened, is in canonical order already."""
+    filters, channels, k, _ = weight_shape
+    everything = PatternPool.from_masks([np.ones((k, k))])
+    return plan(torch.zeros(filters, channels, dtype=torch.uint8), everything, input_shape, stride, padding)  # type: ignore[arg-type]
+
+
+def _nchw(x: Tensor) -> Tensor:
+    """Return the values as NCHW; a blocked activation stays blocked."""
+    if not isinstance(x, BlockedTensor):
+        return x
+    return x.activation.plain() if x.activation.is_plain else cpu.unpack(blocked(x), len(x))

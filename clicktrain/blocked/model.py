@@ -1,0 +1,50 @@
+"""The borders of a blocked network: hooks that pack a model's input and make its output plain again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from clicktrain.blocked.tensor import BlockedTensor, pack, plain
+
+
+def install(model: nn.Module) -> None:
+    """Keep activations blocked inside a model whose pattern convolutions hand them on so.
+
+    The model's parameters, state and pickles stay as they are, but for two hooks. Traced or compiled, on another device
+    or in another type, with a small batch, or without the CPU extension, it computes as before.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Called with a batch (N, C, H, W) as the first argument. Installing twice changes nothing.
+    """
+    _keep_blocked(model, True)
+    if _enter not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_enter)
+        model.register_forward_hook(_leave)
+
+
+def remove(model: nn.Module) -> None:
+    """Undo `install`."""
+    _keep_blocked(model, False)
+    for hooks, ours in ((model._forward_pre_hooks, _enter), (model._forward_hooks, _leave)):
+        for key in [key for key, hook in hooks.items() if hook is ours]:
+            del hooks[key]
+
+
+def _keep_blocked(model: nn.Module, keep: bool) -> None:
+    for layer in model.modules():
+        if hasattr(layer, "keep_blocked"):
+            layer.keep_blocked = keep and layer.backend in ("auto", "cpu")  # type: ignore[assignment]
+
+
+def _enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (pack(args[0]), *args[1:]) if args and isinstance(args[0], Tensor) else args
+
+
+def _leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    return output if torch.compiler.is_compiling() else tree_map_only(BlockedTensor, plain, output)

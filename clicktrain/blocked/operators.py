@@ -1,0 +1,316 @@
+"""What stays blocked: the operators of convolutional networks, forward and backward, on BlockedTensors.
+
+Batch normalisation computes its statistics at once but defers the normalisation itself, so that the addition and the
+ReLU that follow it in most networks take part in one pass over memory; likewise, the backward of a ReLU waits for the
+normalisation's. All of it is below autograd: the derivatives are PyTorch's own formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clicktrain.blocked.tensor import HANDLERS, Activation, BlockedTensor, Handler
+from clicktrain.kernels.cpu import backend, blocked_ops
+from clicktrain.kernels.cpu.codegen import LANES
+
+aten = torch.ops.aten
+
+
+def handles(operator: Any) -> Callable[[Handler], Handler]:
+    """Register a function as the blocked version of an operator; it returns None where it does not apply."""
+
+    def register(handler: Handler) -> Handler:
+        HANDLERS[operator] = handler
+        return handler
+
+    return register
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Deferred scale * x + shift (+ residual) by channel."""
+
+    x: Tensor
+    images: int
+    scale: Tensor
+    shift: Tensor
+    residual: Tensor | None = None
+
+    def compute(self, relu: bool = False) -> Tensor:
+        """Compute it, with a ReLU behind it if asked for."""
+        return blocked_ops.affine(self.x, self.images, self.scale, self.shift, self.residual, relu)
+
+
+@dataclass(frozen=True)
+class ReluGradient:
+    """Deferred gradient behind a ReLU: `dy` where its result `y` is positive; `argument`: what `y` is the ReLU of."""
+
+    dy: Tensor
+    y: Tensor
+    argument: Affine | None
+
+    def compute(self) -> Tensor:
+        """Compute it."""
+        result: Tensor = aten.threshold_backward(self.dy, self.y, 0)
+        return result
+
+
+def blocked(x: Tensor) -> Tensor:
+    """Return the blocked memory of a BlockedTensor, or of a plain tensor, packed."""
+    return x.activation.blocked() if isinstance(x, BlockedTensor) else backend.pack(x.contiguous())
+
+
+def _deferred_affine(x: Tensor) -> Affine | None:
+    deferred = x.activation.deferred if isinstance(x, BlockedTensor) else None
+    return deferred if isinstance(deferred, Affine) else None
+
+
+@handles(aten.detach.default)
+def _detach(x: BlockedTensor) -> Tensor:
+    return BlockedTensor(x.activation, tuple(x.shape), x.dtype)
+
+
+@handles(aten.view.default)
+def _view(x: BlockedTensor, size: Sequence[int]) -> Tensor | None:
+    return _detach(x) if tuple(size) == tuple(x.shape) else None
+
+
+# Elementwise ------------------------------------------------------------------------------------------------------
+
+
+def _rectified(x: BlockedTensor) -> tuple[Tensor, Affine | None]:
+    """Return the ReLU of x and, for its backward, what x is if that was deferred."""
+    affine = _deferred_affine(x)
+    if affine is None:
+        return torch.relu(blocked(x)), None
+    remembered = affine.residual is None and torch.is_grad_enabled()
+    return affine.compute(relu=True), affine if remembered else None
+
+
+@handles(aten.relu.default)
+def _relu(x: BlockedTensor) -> Tensor:
+    return BlockedTensor(Activation(len(x), *_rectified(x)), tuple(x.shape))
+
+
+@handles(aten.relu_.default)
+def _relu_in_place(x: BlockedTensor) -> Tensor | None:
+    if x.activation.is_plain:
+        return None
+    x.activation.replace(*_rectified(x))
+    return x
+
+
+@handles(aten.threshold_backward.default)
+def _threshold_backward(dy: Tensor, y: Tensor, threshold: float) -> Tensor | None:
+    if threshold != 0:
+        return None
+    argument = y.activation.relu_of if isinstance(y, BlockedTensor) else None
+    return BlockedTensor.wrap(
+        ReluGradient(blocked(dy), blocked(y), argument if isinstance(argument, Affine) else None), tuple(y.shape)
+    )
+
+
+def _sum_of(x: Tensor, other: Tensor, alpha: float) -> Tensor | Affine | None:
+    """Return x + alpha * other; None if shapes or types are none that stay blocked."""
+    if alpha != 1 or not isinstance(other, Tensor) or x.dtype != torch.float32 or other.dtype != torch.float32:
+        return None
+    if other.shape == x.shape:
+        for one, two in ((x, other), (other, x)):
+            affine = _deferred_affine(one)
+            if affine is not None and affine.residual is None:
+                return replace(affine, residual=blocked(two))
+        return blocked(x) + blocked(other)
+    if isinstance(x, BlockedTensor) and other.shape[-3:] == (x.shape[1], 1, 1) and other.numel() == x.shape[1]:
+        return Affine(blocked(x), len(x), torch.ones_like(other).flatten(), other.flatten())
+    return None
+
+
+@handles(aten.add.Tensor)
+def _add(x: Tensor, other: Tensor, *, alpha: float = 1) -> Tensor | None:
+    result = _sum_of(x, other, alpha)
+    return result if result is None else BlockedTensor.wrap(result, tuple(x.shape))
+
+
+@handles(aten.add_.Tensor)
+def _add_in_place(x: Tensor, other: Tensor, *, alpha: float = 1) -> Tensor | None:
+    if not isinstance(x, BlockedTensor) or x.activation.is_plain:
+        return None
+    result = _sum_of(x, other, alpha)
+    if result is None:
+        return None
+    x.activation.replace(result)
+    return x
+
+
+# Reductions -------------------------------------------------------------------------------------------------------
+
+
+@handles(aten.sum.dim_IntList)
+def _sum(x: BlockedTensor, dim: Sequence[int] | None, keepdim: bool = False, *, dtype: Any = None) -> Tensor | None:
+    """Sum by channel: the gradient of a bias."""
+    if dim is None or {d % 4 for d in dim} != {0, 2, 3} or dtype not in (None, torch.float32):
+        return None
+    sums = blocked_ops.channel_sums(blocked(x), len(x))
+    return sums[None, :, None, None] if keepdim else sums
+
+
+@handles(aten.mean.dim)
+def _mean(x: BlockedTensor, dim: Sequence[int] | None, keepdim: bool = False, *, dtype: Any = None) -> Tensor | None:
+    """Average over the pixels: global pooling, where most networks end."""
+    if dim is None or {d % 4 for d in dim} != {2, 3} or dtype not in (None, torch.float32):
+        return None
+    means = blocked(x).mean((2, 3)).transpose(1, 2).flatten(0, 1)[: len(x)].contiguous()
+    return means[:, :, None, None] if keepdim else means
+
+
+# Batch normalisation ----------------------------------------------------------------------------------------------
+
+
+@handles(aten.native_batch_norm.default)
+def _batch_norm(
+    x: BlockedTensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
+    running_var: Tensor | None, training: bool, momentum: float, eps: float,
+) -> tuple[Tensor, Tensor, Tensor] | None:  # fmt: skip
+    if not _all_float32(x, weight, bias, running_mean, running_var):
+        return None
+    if training:
+        mean, invstd = saved = blocked_ops.batch_statistics(
+            blocked(x), len(x), eps, momentum, running_mean, running_var
+        )
+    else:
+        mean, invstd = _running(running_mean, running_var, eps)
+        saved = (mean.new_empty(0), mean.new_empty(0))
+    scale = invstd if weight is None else weight * invstd
+    shift = -mean * scale if bias is None else bias - mean * scale
+    return BlockedTensor.wrap(Affine(blocked(x), len(x), scale, shift), tuple(x.shape)), *saved
+
+
+@handles(aten.native_batch_norm_backward.default)
+def _batch_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
+    mean: Tensor, invstd: Tensor, training: bool, eps: float, output_mask: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None:  # fmt: skip
+    if not isinstance(x, BlockedTensor) or not _all_float32(dy, x, weight):
+        return None
+    if not training:
+        mean, invstd = _running(running_mean, running_var, eps)
+    deferred = dy.activation.deferred if isinstance(dy, BlockedTensor) else None
+    relu = deferred if isinstance(deferred, ReluGradient) else None
+    memory = blocked(x)
+    argument = relu.argument if relu is not None else None
+    dx, dweight, dbias = blocked_ops.batch_norm_backward(
+        blocked(dy) if relu is None else relu.dy, memory, len(x), mean, invstd, weight, training, output_mask[0],
+        None if relu is None else relu.y,
+        (argument.scale, argument.shift) if argument is not None and argument.x is memory else None,
+    )  # fmt: skip
+    return (
+        None if dx is None else BlockedTensor.wrap(dx, tuple(x.shape)),
+        dweight if output_mask[1] else None,
+        dbias if output_mask[2] else None,
+    )
+
+
+def _running(mean: Tensor | None, variance: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    assert mean is not None, "outside training, torch.nn.functional.batch_norm demands running statistics"
+    assert variance is not None
+    return mean, torch.rsqrt(variance + eps)
+
+
+def _all_float32(*tensors: Tensor | None) -> bool:
+    return all(tensor is None or tensor.dtype == torch.float32 for tensor in tensors)
+
+
+# Pooling ----------------------------------------------------------------------------------------------------------
+
+
+class Places(Activation):
+    """Where the maxima of a pooling came from, as one byte each: the place in the window. Plain to all others."""
+
+    def __init__(self, images: int, places: Tensor, window: blocked_ops.Window) -> None:
+        super().__init__(images, places)
+        self.places, self.window = places, window
+
+    @property
+    def is_plain(self) -> bool:
+        """True: there is no blocked form of indices."""
+        return True
+
+    def plain(self) -> Tensor:
+        """Return indices into each flattened input plane, int64 NCHW, as torch gives them."""
+        w = self.window
+        places = self.places.permute(0, 4, 1, 2, 3).flatten(0, 1)[: self.images].long()
+        rows = torch.arange(w.out_height)[:, None] * w.stride[0] - w.padding[0] + places // w.size[1]
+        return rows * w.width + torch.arange(w.out_width) * w.stride[1] - w.padding[1] + places % w.size[1]
+
+
+@handles(aten.max_pool2d_with_indices.default)
+def _max_pool(
+    x: BlockedTensor, size: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,), ceil_mode: bool = False,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    geometry = (_pair(size), _pair(stride or size), _pair(padding))
+    if ceil_mode or set(dilation) != {1} or geometry[0][0] * geometry[0][1] > 256:
+        return None
+    memory = blocked(x)
+    y, places = blocked_ops.max_pool(memory, *geometry)
+    shape = (*x.shape[:2], *y.shape[2:4])
+    indices = Places(len(x), places, blocked_ops.Window.over(memory, *geometry))
+    return BlockedTensor.wrap(y, shape), BlockedTensor(indices, shape, torch.int64)
+
+
+@handles(aten.max_pool2d_with_indices_backward.default)
+def _max_pool_backward(
+    dy: Tensor, x: Tensor, size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], ceil_mode: bool, indices: Tensor,
+) -> Tensor | None:  # fmt: skip
+    places = indices.activation if isinstance(indices, BlockedTensor) else None
+    if not isinstance(places, Places):
+        return None
+    window = places.window
+    dx = blocked_ops.max_pool_backward(
+        blocked(dy), places.places, (window.height, window.width), window.size, window.stride, window.padding
+    )
+    return BlockedTensor.wrap(dx, tuple(x.shape))
+
+
+# Averages are those of 3-d pooling on the blocked memory, (height, width, lane) taken as its three axes.
+
+
+@handles(aten.avg_pool2d.default)
+def _avg_pool(
+    x: BlockedTensor, size: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0,), *rest: Any
+) -> Tensor:
+    y = aten.avg_pool3d(blocked(x), (*_pair(size), 1), (*_pair(stride or size), 1), (*_pair(padding), 0), *rest)
+    return BlockedTensor.wrap(y, (*x.shape[:2], *y.shape[2:4]))
+
+
+@handles(aten.avg_pool2d_backward.default)
+def _avg_pool_backward(
+    dy: Tensor, x: Tensor, size: Sequence[int], stride: Sequence[int], padding: Sequence[int], *rest: Any
+) -> Tensor | None:
+    if not isinstance(x, BlockedTensor):
+        return None
+    geometry = (*_pair(size), 1), (*_pair(stride or size), 1), (*_pair(padding), 0)
+    return BlockedTensor.wrap(aten.avg_pool3d_backward(blocked(dy), blocked(x), *geometry, *rest), tuple(x.shape))
+
+
+@handles(aten._adaptive_avg_pool2d.default)
+def _adaptive_avg_pool(x: BlockedTensor, size: Sequence[int]) -> Tensor:
+    y = aten._adaptive_avg_pool3d(blocked(x), (*_pair(size), LANES))
+    return BlockedTensor.wrap(y, (*x.shape[:2], *y.shape[2:4]))
+
+
+@handles(aten._adaptive_avg_pool2d_backward.default)
+def _adaptive_avg_pool_backward(dy: Tensor, x: Tensor) -> Tensor | None:
+    if not isinstance(x, BlockedTensor):
+        return None
+    return BlockedTensor.wrap(aten._adaptive_avg_pool3d_backward(blocked(dy), blocked(x)), tuple(x.shape))
+
+
+def _pair(values: Sequence[int]) -> tuple[int, int]:
+    return (values[0], values[-1])

@@ -1,0 +1,89 @@
+// The structures that Python fills in (kernels/cpu/library.py mirrors them field by field) and the C functions.
+#pragma once
+
+#include <cstdint>
+
+extern "C" {
+
+// What one call of a sweep needs: all kept weights of some filters in one channel block, for one tile.
+//
+// Weights come as records. A record is the place of a kernel (or of a single tap) in the window and its weights;
+// the records of a filter follow one another. taps.h explains one kind, codegen.py the other.
+struct Sweep {
+  const float* window;      // [channel block][tile_blocks][window_h][window_pitch][8]
+  int64_t window_row;       // floats from the input row of one output row to that of the next
+  int64_t window_pixel;     // floats from the input pixel of one output pixel to that of the next
+  const int32_t* order;     // [filters] the filter in each place; the lists below are by place
+  const int64_t* starts;    // [filters + 1] first record
+  const uint8_t* runs;      // [filters][patterns] records of each pattern
+  const int32_t* offsets;   // [records] floats from the start of the window
+  const float* weights;     // [records][weights of a record]
+  const float* sums_in;     // sums so far; null = zero
+  float* sums_out;
+  int64_t in_filter, in_block, in_row, in_pixel;      // strides of sums_in in floats
+  int64_t out_filter, out_block, out_row, out_pixel;  // strides of sums_out
+  int32_t begin, end;       // places to do
+};
+
+typedef void (*SweepFunction)(const Sweep*);
+
+// A convolution pass on blocked activations: a forward pass, or the input gradient, which is a forward pass over
+// the transposed layer whose input is spread out by the stride.
+struct Pass {
+  int32_t blocks;                  // groups of eight lanes
+  int32_t channels, in_h, in_w;    // input [blocks][channels][in_h][in_w][8]
+  int32_t filters, out_h, out_w;   // output [blocks][filters][out_h][out_w][8]
+  int32_t tile_blocks, tile_h, tile_w;  // blocks and output pixels that are computed at once
+  int32_t band;                    // tiles along the columns that share a window
+  int32_t window_h, window_w;      // input pixels that a band of tiles reads
+  int32_t window_pitch;            // pixels from one row of a window to the next
+  int32_t start_h, start_w;        // input pixel where the window of the first tile starts (< 0: in the padding)
+  int32_t stride_h, stride_w;      // input pixels from one output pixel of a phase to the next
+  int32_t spread_h, spread_w;      // output pixels y, y + spread, ... are a phase: they use the same taps
+  int32_t phases;                  // lists of records: spread_h * spread_w, or 1 if a sweep does all phases at once
+  int32_t groups;                  // lists of records that add to the same sums one after the other
+  int32_t channel_block, channel_blocks;
+  int32_t part;                    // filters that an item computes; places [i * part, (i + 1) * part) hold the same
+                                   // filters in every channel block
+  int32_t record_weights;          // weights in a record
+  int32_t reversed;                // take the weights of a record from last to first
+  int32_t patterns;                // entries of `runs` for a filter in a group
+  int32_t whole_tiles;             // sweeps write whole tiles, also where they stick out of the output
+  int64_t records;
+  const int32_t* order;            // [channel_blocks][groups][filters]
+  const int64_t* starts;           // [channel_blocks][groups][phases][filters + 1]
+  const uint8_t* runs;             // [channel_blocks][groups][filters][patterns]
+  const int32_t* offsets;          // [records]
+  const int32_t* gather;           // [records] where the weights of a record start in the canonical values
+  const SweepFunction* sweeps;     // [groups][tiles along blocks][along rows][along columns]
+};
+
+// The gradient of the values: dvalues[kernel][entry] = sum over images and pixels of x * dy.
+struct Gradient {
+  int32_t blocks;
+  int32_t channels, in_h, in_w;    // x [blocks][channels][in_h][in_w][8]
+  int32_t filters, out_h, out_w;   // dy [blocks][filters][out_h][out_w][8]
+  int32_t stride_h, stride_w, pad_h, pad_w;
+  int32_t kernel_size, entries;
+  int32_t chunk_blocks, chunk_rows;  // blocks and output rows that are summed up at once
+  int32_t tasks;                   // groups of channels
+  const int32_t* task_starts;      // [tasks + 1] first run
+  const int32_t* run_starts;       // [runs + 1] first kernel; a run has one channel and one pattern
+  const int32_t* run_channels;     // [runs]
+  const int32_t* run_patterns;     // [runs]
+  const int32_t* kernel_filters;   // [kernels]
+  const int32_t* kernel_ids;       // [kernels] canonical number
+  const int32_t* positions;        // [patterns][entries] row * kernel_size + column
+};
+
+// How NCHW images become lanes: lane = image, or lane = strip of one image in a grid of eight strips.
+struct Lanes {
+  int32_t images, channels;
+  int32_t image_h, image_w;        // of the NCHW tensor
+  int32_t blocks, lane_h, lane_w;  // of the blocked one
+  int32_t grid_h, grid_w;          // strips per image; 1 x 1: a lane is a whole image
+  int32_t start_h, start_w;        // image pixel where the first strip starts (< 0: in the padding)
+  int32_t step_h, step_w;          // image pixels from one strip to the next
+};
+
+}

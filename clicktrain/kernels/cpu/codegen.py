@@ -1,0 +1,149 @@
+"""Writes the specialised sweeps: straight-line C++ for one pool of patterns and one tile.
+
+A record of a specialised sweep is a kernel: its channel's place in the window and the weights of its pattern. The
+kernels of a filter are sorted by pattern and `runs` counts them, so that a pattern is straight-line code: every
+weight is broadcast once, every input pixel is loaded once and feeds all taps that use it, and addresses are
+constants relative to the channel. Four weights on a tile of 2 x 4 pixels are 32 multiply-adds for 15 loads, where
+the generic sweep (taps.h) needs 32. Taps that would read padding are left out.
+
+The taps of an output pixel are added in the order of the pattern, as in the generic sweep: both give the same bits.
+
+Compiled on first use rather than precompiled for all patterns, because it costs next to nothing: the text names
+every sum as a scalar and includes no standard header, so g++ needs 0.1 s for four patterns and one tile (C++
+templates for the same code took 20 s and left the sums in memory). All 126 patterns for the tiles and image edges
+that occur would be minutes of compiling at installation and megabytes of code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+
+from clicktrain.kernels.build import Library
+
+LANES = 8
+TARGETS = {
+    "avx512": "avx512f,avx512vl,avx512dq,avx512bw,avx2,fma",
+    "avx2": "avx2,fma",
+    "portable": None,
+}
+FLAGS = ("-std=c++17", "-O2", "-fPIC", "-Wno-psabi")
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """The output pixels of a tile, and which rows and columns of its window exist (are not padding)."""
+
+    blocks: int
+    rows: int
+    columns: int
+    window_rows: Pair
+    window_columns: Pair
+
+
+@dataclass(frozen=True)
+class SweepSpec:
+    """A pool of patterns and the geometry of a pass, as far as the code depends on them.
+
+    Output pixel r and tap k of an axis meet in window pixel (r * stride + k + origin) / spread, if that is whole.
+    """
+
+    instruction_set: str
+    kernel_size: int
+    patterns: tuple[tuple[int, ...], ...]
+    group: int
+    stride: Pair
+    spread: Pair
+    origin: Pair
+    window_rows: int
+    window_pitch: int
+    tile_blocks: int
+
+    def groups(self) -> list[tuple[tuple[int, ...], ...]]:
+        """Return the patterns of each sweep."""
+        return [self.patterns[i : i + self.group] for i in range(0, len(self.patterns), self.group)]
+
+    def reads(self, tap: int, row: int, column: int, shape: TileShape) -> Pair | None:
+        """Return the window pixel that a tap needs for an output pixel, or None if there is none."""
+        place = []
+        exists = (shape.window_rows, shape.window_columns)
+        for axis, (pixel, k) in enumerate(zip((row, column), divmod(tap, self.kernel_size), strict=True)):
+            window, remainder = divmod(pixel * self.stride[axis] + k + self.origin[axis], self.spread[axis])
+            if remainder or not exists[axis][0] <= window < exists[axis][1]:
+                return None
+            place.append(window)
+        return (place[0], place[1])
+
+
+def library(spec: SweepSpec, shapes: tuple[TileShape, ...]) -> Library:
+    """Return the library with `clicktrain_sweep_<i>`, numbered by group of patterns and shape."""
+    return Library("sweep", (("sweep.cpp", render(spec, shapes)),), FLAGS)
+
+
+def render(spec: SweepSpec, shapes: tuple[TileShape, ...]) -> str:
+    """Return the translation unit with the sweeps of all shapes."""
+    target = TARGETS[spec.instruction_set]
+    lines = [
+        f"#define CLICKTRAIN_ISA {spec.instruction_set}",
+        '#include "abi.h"',
+        *([f'#pragma GCC target("{target}")'] if target else []),
+        '#include "lanes.h"',
+        f"using namespace {spec.instruction_set};",
+    ]
+    for number, (patterns, shape) in enumerate(product(spec.groups(), shapes)):
+        lines += ["", *_function(f"clicktrain_sweep_{number}", patterns, spec, shape)]
+    return "\n".join(lines) + "\n"
+
+
+def _function(name: str, patterns: tuple[tuple[int, ...], ...], spec: SweepSpec, shape: TileShape) -> list[str]:
+    entries = len(patterns[0])
+    pixels = list(product(range(shape.blocks), range(shape.rows), range(shape.columns)))
+    places = [(_sum(b, r, c), f"{b} * s->$_block + {r} * s->$_row + {c} * s->$_pixel") for b, r, c in pixels]
+    return [
+        f'extern "C" void {name}(const Sweep* s) {{',
+        "  const float* const window = s->window;",
+        "  const int64_t first = s->starts[s->begin];",
+        "  const int32_t* offset = s->offsets + first;",
+        f"  const float* weight = s->weights + first * {entries};",
+        f"  const uint8_t* run = s->runs + int64_t(s->begin) * {spec.group};",
+        f"  for (int f = s->begin; f < s->end; ++f, run += {spec.group}) {{",
+        "    const int64_t filter = s->order[f];",
+        f"    Vec {', '.join(f'{name}{{}}' for name, _ in places)};",
+        "    if (const float* in = s->sums_in) {",
+        "      in += filter * s->in_filter;",
+        *(f"      {name} = load(in + {place.replace('$', 'in')});" for name, place in places),
+        "    }",
+        *(line for number, pattern in enumerate(patterns) for line in _run(number, pattern, spec, shape)),
+        "    float* out = s->sums_out + filter * s->out_filter;",
+        *(f"    store(out + {place.replace('$', 'out')}, {name});" for name, place in places),
+        "  }",
+        "}",
+    ]
+
+
+def _run(number: int, pattern: tuple[int, ...], spec: SweepSpec, shape: TileShape) -> list[str]:
+    """Return the loop over the kernels of one pattern."""
+    entries = len(pattern)
+    uses: dict[tuple[int, int, int], list[str]] = {}
+    for block, entry, row, column in product(
+        range(shape.blocks), range(entries), range(shape.rows), range(shape.columns)
+    ):
+        place = spec.reads(pattern[entry], row, column, shape)
+        if place is not None:
+            uses.setdefault((block, *place), []).append(f"{_sum(block, row, column)} += w{entry} * x;")
+    lines = [
+        f"    for (int n = run[{number}]; n; --n, ++offset, weight += {entries}) {{",
+        "      const float* channel = window + *offset;",
+        *(f"      const Vec w{entry} = broadcast(weight[{entry}]);" for entry in range(entries)),
+    ]
+    for (block, i, j), additions in sorted(uses.items()):
+        offset = ((block * spec.window_rows + i) * spec.window_pitch + j) * LANES
+        pin = " pin(x);" if len(additions) > 1 else ""
+        lines.append(f"      {{ Vec x = load(channel + {offset});{pin} {' '.join(additions)} }}")
+    return [*lines, "    }"]
+
+
+def _sum(block: int, row: int, column: int) -> str:
+    return f"s{block}_{row}_{column}"

@@ -1,0 +1,232 @@
+// The driver of a convolution pass: cuts the work into items, copies windows, lets a sweep do the arithmetic.
+//
+// An item is one tile of output pixels (and, when there are few tiles, a part of the filters). For each block of
+// input channels the tile's window is copied to thread-local memory: there its rows have a fixed width and the
+// padding is real zeros, so that a sweep meets no branch and no stride. Then all filters sweep the window. Sums
+// wait in thread-local memory between channel blocks; the last block writes to y.
+//
+// Each output is summed by one thread in the order of the plan, whatever the number of threads and items.
+#pragma once
+
+#include "lanes.h"
+
+namespace CLICKTRAIN_ISA {
+
+// A range of output pixels cut into tiles whose sizes differ by at most one (one phase pixel, that is).
+struct Cuts {
+  int size, spread, count;
+
+  Cuts(int size, int tile, int spread) : size(size), spread(spread), count((size + tile - 1) / tile) {}
+
+  int start(int i) const {
+    const int64_t units = (size + spread - 1) / spread;
+    return std::min(size, int(i * units / count) * spread);
+  }
+  int length(int i) const { return start(i + 1) - start(i); }
+};
+
+// A tile's place in the output and its size there.
+struct TilePlace {
+  int block, top, left;
+  int blocks, rows, columns;
+  int64_t number;
+};
+
+// The tiles of a pass, and how they are grouped into bands: neighbours in a row, which share a window.
+class Tiles {
+ public:
+  explicit Tiles(const Pass& p)
+      : blocks_(p.blocks, p.tile_blocks, 1),
+        rows_(p.out_h, p.tile_h, p.spread_h),
+        columns_(p.out_w, p.tile_w, p.spread_w),
+        bands_(columns_.count, p.band, 1) {}
+
+  int64_t count() const { return int64_t(blocks_.count) * rows_.count * columns_.count; }
+  int64_t bands() const { return int64_t(blocks_.count) * rows_.count * bands_.count; }
+  int band_size(int64_t band) const { return bands_.length(int(band % bands_.count)); }
+
+  // Tile i of a band.
+  TilePlace tile(int64_t band, int i) const {
+    const int64_t line = band / bands_.count;
+    const int column = bands_.start(int(band % bands_.count)) + i;
+    const int row = int(line % rows_.count), block = int(line / rows_.count);
+    return {blocks_.start(block),  rows_.start(row),  columns_.start(column),
+            blocks_.length(block), rows_.length(row), columns_.length(column),
+            line * columns_.count + column};
+  }
+
+ private:
+  Cuts blocks_, rows_, columns_, bands_;
+};
+
+// Copy `count` pixels of an input row, starting at column `from`; columns outside [0, width) become zero.
+CLICKTRAIN_INLINE void copy_row(const float* row, int from, int width, int count, float* to) {
+  const int begin = std::min(count, std::max(0, -from)), end = std::max(begin, std::min(count, width - from));
+  for (int i = 0; i < begin; ++i) store(to + i * kLanes, Vec{});
+  for (int i = begin; i < end; ++i) store(to + i * kLanes, load(row + (from + i) * kLanes));
+  for (int i = end; i < count; ++i) store(to + i * kLanes, Vec{});
+}
+
+// One thread's work on a pass.
+class Convolution {
+ public:
+  // Floats of scratch.
+  static size_t floats(const Pass& p) { return window_floats(p) + size_t(p.part) * p.band * tile_floats(p); }
+
+  Convolution(const Pass& p, const float* x, const float* weights, float* y, float* scratch)
+      : p_(p), x_(x), weights_(weights), y_(y), window_(scratch), sums_(scratch + window_floats(p)) {}
+
+  // Compute filters [begin, end) of the tiles of a band.
+  void run(const Tiles& tiles, int64_t band, int begin, int end) {
+    const int count = tiles.band_size(band);
+    const TilePlace corner = tiles.tile(band, 0);
+    for (int cb = 0; cb < p_.channel_blocks; ++cb) {
+      copy_window(corner, cb);
+      for (int i = 0; i < count; ++i) {
+        const TilePlace t = tiles.tile(band, i);
+        const float* window = window_ + int64_t(t.left - corner.left) * p_.stride_w / p_.spread_w * kLanes;
+        float* sums = sums_ + (int64_t(i) * (end - begin) - begin) * tile_floats(p_);
+        for (int group = 0; group < p_.groups; ++group) {
+          const SweepFunction sweep = p_.sweeps[group * tiles.count() + t.number];
+          const int list = cb * p_.groups + group;
+          const bool last = list == p_.channel_blocks * p_.groups - 1;
+          for (int phase = 0; phase < p_.phases; ++phase) {
+            Sweep s = sweep_of(list, phase, window, sums, begin, end);
+            if (last && direct(t)) write_to_output(s, t, phase);
+            sweep(&s);
+          }
+        }
+      }
+    }
+    for (int i = 0; i < count; ++i) {
+      const TilePlace t = tiles.tile(band, i);
+      if (!direct(t)) store_tile(t, sums_ + int64_t(i) * (end - begin) * tile_floats(p_), begin, end);
+    }
+  }
+
+ private:
+  static size_t window_floats(const Pass& p) {
+    return size_t(p.channel_block) * p.tile_blocks * p.window_h * p.window_pitch * kLanes;
+  }
+  static int64_t tile_floats(const Pass& p) { return int64_t(p.tile_blocks) * p.tile_h * p.tile_w * kLanes; }
+
+  // Whether the tile's sweep may write to the output.
+  bool direct(const TilePlace& t) const {
+    return !p_.whole_tiles || (t.rows == p_.tile_h && t.columns == p_.tile_w);
+  }
+
+  void copy_window(const TilePlace& corner, int cb) {
+    const int first = cb * p_.channel_block, last = std::min(first + p_.channel_block, p_.channels);
+    const int top = p_.start_h + corner.top * p_.stride_h / p_.spread_h;
+    const int left = p_.start_w + corner.left * p_.stride_w / p_.spread_w;
+    const int64_t row_floats = int64_t(p_.in_w) * kLanes, window_row = int64_t(p_.window_pitch) * kLanes;
+    float* to = window_;
+    for (int c = first; c < last; ++c)
+      for (int b = 0; b < p_.tile_blocks; ++b) {
+        const int block = std::min(corner.block + b, p_.blocks - 1);
+        const float* plane = x_ + (int64_t(block) * p_.channels + c) * p_.in_h * row_floats;
+        for (int row = top; row < top + p_.window_h; ++row, to += window_row) {
+          if (row < 0 || row >= p_.in_h)
+            copy_row(plane, 0, 0, p_.window_w, to);
+          else
+            copy_row(plane + row * row_floats, left, p_.in_w, p_.window_w, to);
+        }
+      }
+  }
+
+  // The call for one list of records (channel block and group) and one phase, with the sums in scratch.
+  Sweep sweep_of(int list, int phase, const float* window, float* sums, int begin, int end) {
+    Sweep s;
+    s.window = window;
+    s.window_row = int64_t(p_.stride_h) * p_.window_pitch * kLanes;
+    s.window_pixel = int64_t(p_.stride_w) * kLanes;
+    s.order = p_.order + int64_t(list) * p_.filters;
+    s.starts = p_.starts + (int64_t(list) * p_.phases + phase) * (p_.filters + 1);
+    s.runs = p_.runs + int64_t(list) * p_.filters * p_.patterns;
+    s.offsets = p_.offsets;
+    s.weights = weights_;
+    s.in_row = s.out_row = int64_t(pixel_rows()) * p_.tile_w * kLanes;
+    s.in_pixel = s.out_pixel = int64_t(pixel_columns()) * kLanes;
+    s.in_block = s.out_block = int64_t(p_.tile_h) * p_.tile_w * kLanes;
+    s.in_filter = s.out_filter = p_.tile_blocks * s.in_block;
+    s.sums_out = sums + first_pixel(phase, p_.tile_w);
+    s.sums_in = list ? s.sums_out : nullptr;
+    s.begin = begin;
+    s.end = end;
+    return s;
+  }
+
+  void write_to_output(Sweep& s, const TilePlace& t, int phase) {
+    s.out_row = int64_t(pixel_rows()) * p_.out_w * kLanes;
+    s.out_filter = int64_t(p_.out_h) * p_.out_w * kLanes;
+    s.out_block = p_.filters * s.out_filter;
+    const int64_t corner = (int64_t(t.top) * p_.out_w + t.left) * kLanes;
+    s.sums_out = y_ + t.block * s.out_block + corner + first_pixel(phase, p_.out_w);
+  }
+
+  // Rows and columns from one pixel of a sweep to the next.
+  int pixel_rows() const { return p_.phases > 1 ? p_.spread_h : 1; }
+  int pixel_columns() const { return p_.phases > 1 ? p_.spread_w : 1; }
+
+  int64_t first_pixel(int phase, int width) const {
+    return (int64_t(phase / p_.spread_w) * width + phase % p_.spread_w) * kLanes;
+  }
+
+  // Copy the part of a tile's sums that lies inside the output.
+  void store_tile(const TilePlace& t, const float* from, int begin, int end) {
+    for (int f = begin; f < end; ++f)
+      for (int b = 0; b < p_.tile_blocks; ++b)
+        for (int r = 0; r < p_.tile_h; ++r, from += p_.tile_w * kLanes) {
+          if (b >= t.blocks || r >= t.rows) continue;
+          float* plane = y_ + (int64_t(t.block + b) * p_.filters + f) * p_.out_h * p_.out_w * kLanes;
+          float* to = plane + (int64_t(t.top + r) * p_.out_w + t.left) * kLanes;
+          std::memcpy(to, from, size_t(t.columns) * kLanes * sizeof(float));
+        }
+  }
+
+  const Pass& p_;
+  const float *x_, *weights_;
+  float *y_, *window_, *sums_;
+};
+
+// Bring the values into the order in which the sweeps read them.
+template <int N, bool Reversed>
+void gather_weights(const Pass& p, const float* values, float* weights, int threads) {
+  const int n = N ? N : p.record_weights;
+#pragma omp parallel for num_threads(threads) schedule(static) if (p.records * n > 16384)
+  for (int64_t i = 0; i < p.records; ++i) {
+    const float* from = values + p.gather[i];
+    float* to = weights + i * n;
+    for (int e = 0; e < n; ++e) to[e] = from[Reversed ? n - 1 - e : e];
+  }
+}
+
+inline void gather_weights(const Pass& p, const float* values, float* weights, int threads) {
+  if (p.record_weights == 1) return gather_weights<1, false>(p, values, weights, threads);
+  if (p.record_weights == 4)
+    return p.reversed ? gather_weights<4, true>(p, values, weights, threads)
+                      : gather_weights<4, false>(p, values, weights, threads);
+  return p.reversed ? gather_weights<0, true>(p, values, weights, threads)
+                    : gather_weights<0, false>(p, values, weights, threads);
+}
+
+inline void convolve(const Pass& p, const float* x, const float* values, float* y, int threads) {
+  thread_local clicktrain::Scratch packed;
+  float* weights = packed.floats(size_t(p.records) * p.record_weights + 1);
+  gather_weights(p, values, weights, threads);
+
+  const Tiles tiles(p);
+  const int parts = (p.filters + p.part - 1) / p.part;
+#pragma omp parallel num_threads(threads)
+  {
+    thread_local clicktrain::Scratch scratch;
+    Convolution work(p, x, weights, y, scratch.floats(Convolution::floats(p)));
+#pragma omp for schedule(dynamic)
+    for (int64_t item = 0; item < tiles.bands() * parts; ++item) {
+      const int begin = int(item % parts) * p.part, end = std::min(begin + p.part, p.filters);
+      work.run(tiles, item / parts, begin, end);
+    }
+  }
+}
+
+}  // namespace CLICKTRAIN_ISA

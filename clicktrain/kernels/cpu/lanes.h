@@ -1,0 +1,57 @@
+// Eight-lane vectors: the unit of every CPU kernel.
+//
+// Activations are "blocked": [blocks][channels][height][width][8] floats. The eight lanes of a block are eight
+// images (or, for small batches, eight strips of one image), so a vector is one pixel of all of them. Every load
+// is a whole vector whatever the stride, the padding and the width, and any sparsity of the weights vectorises.
+//
+// Plain GCC vector extensions: under AVX2 and AVX-512 a Vec is one register, in the portable build the compiler
+// splits it. The file is included once per instruction set, inside a namespace of its own (see isa.h).
+#pragma once
+
+namespace CLICKTRAIN_ISA {
+
+constexpr int kLanes = 8;
+
+typedef float Vec __attribute__((vector_size(32)));
+typedef float UnalignedVec __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t Shuffle __attribute__((vector_size(32)));
+
+#define CLICKTRAIN_INLINE inline __attribute__((always_inline))
+
+CLICKTRAIN_INLINE Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
+CLICKTRAIN_INLINE void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
+CLICKTRAIN_INLINE Vec broadcast(float f) { return Vec{f, f, f, f, f, f, f, f}; }
+
+// Keep the compiler from loading a vector again for each of its uses.
+CLICKTRAIN_INLINE void pin(Vec& v) {
+#if defined(__AVX__)
+  asm("" : "+x"(v));
+#else
+  (void)v;
+#endif
+}
+
+// Sum of the lanes in a fixed order, so that it does not depend on the instruction set's own reductions.
+CLICKTRAIN_INLINE float sum(Vec v) {
+  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
+
+// Turn eight vectors from eight sources into eight vectors of one lane each: a transposed 8 x 8 block.
+CLICKTRAIN_INLINE void transpose(Vec (&v)[kLanes]) {
+  Vec pairs[kLanes], quads[kLanes];
+  for (int i = 0; i < kLanes; i += 2) {
+    pairs[i] = __builtin_shuffle(v[i], v[i + 1], Shuffle{0, 8, 1, 9, 4, 12, 5, 13});
+    pairs[i + 1] = __builtin_shuffle(v[i], v[i + 1], Shuffle{2, 10, 3, 11, 6, 14, 7, 15});
+  }
+  for (int i = 0; i < kLanes; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      quads[i + 2 * j] = __builtin_shuffle(pairs[i + j], pairs[i + j + 2], Shuffle{0, 1, 8, 9, 4, 5, 12, 13});
+      quads[i + 2 * j + 1] = __builtin_shuffle(pairs[i + j], pairs[i + j + 2], Shuffle{2, 3, 10, 11, 6, 7, 14, 15});
+    }
+  for (int i = 0; i < 4; ++i) {
+    v[i] = __builtin_shuffle(quads[i], quads[i + 4], Shuffle{0, 1, 2, 3, 8, 9, 10, 11});
+    v[i + 4] = __builtin_shuffle(quads[i], quads[i + 4], Shuffle{4, 5, 6, 7, 12, 13, 14, 15});
+  }
+}
+
+}  // namespace CLICKTRAIN_ISA

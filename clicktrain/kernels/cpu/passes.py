@@ -1,0 +1,313 @@
+"""From a plan to the arrays and functions that the C++ driver walks through (`struct Pass`, `struct Gradient`)."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import pairwise, product
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from clicktrain.errors import BackendUnavailable
+from clicktrain.kernels import build
+from clicktrain.kernels.cpu import codegen
+from clicktrain.kernels.cpu.codegen import LANES, SweepSpec, TileShape
+from clicktrain.kernels.cpu.layer import Integers, Layer, Pair
+from clicktrain.kernels.cpu.library import Gradient, Pass, instruction_set, sweep_taps
+from clicktrain.kernels.cpu.reorder import reorder
+
+ITEMS_PER_THREAD, FILTERS_PER_PART = 4, 16
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a pass is cut up. Of its fields only `channel_block` decides the order of sums, hence the last bits.
+
+    Attributes
+    ----------
+    sweep : {"patterns", "taps"}
+        The compute kernel: specialised for the pool, or generic.
+    tile : (int, int, int)
+        Blocks, rows and columns of output pixels that are computed at once.
+    band : int
+        Tiles along the columns that share a window.
+    channel_block : int
+        Input channels in a window, at most 255.
+    group : int
+        Patterns that a specialised sweep does at once.
+    """
+
+    sweep: Literal["patterns", "taps"]
+    tile: tuple[int, int, int]
+    band: int
+    channel_block: int
+    group: int
+
+
+class Prepared:
+    """A C structure and what it points to."""
+
+    def __init__(self, structure: ctypes.Structure, arrays: dict[str, NDArray[Any]]) -> None:
+        self.structure = structure
+        self.arrays = arrays
+        for name, array in arrays.items():
+            setattr(structure, name, array.ctypes.data)
+        self.address = ctypes.addressof(structure)
+
+
+@dataclass(frozen=True)
+class Window:
+    """The input pixels that one tile reads.
+
+    Attributes
+    ----------
+    start : (int, int)
+        Input pixel where the window of the first tile starts; negative: in the padding.
+    size : (int, int)
+        Rows and columns.
+    pitch : int
+        Pixels from one row to the next in memory.
+    origin : (int, int)
+        Output pixel r of a tile and tap k meet in window pixel (r * stride + k + origin) / spread.
+    """
+
+    start: Pair
+    size: Pair
+    pitch: int
+    origin: Pair
+
+    @classmethod
+    def of(cls, layer: Layer, choice: Choice) -> Window:
+        """Return the window of a tile; where one tile spans the output, specialised sweeps need no padding."""
+        axes = []
+        for axis, tile in enumerate((choice.tile[1], _band_width(layer, choice))):
+            padding, spread = layer.padding[axis], layer.spread[axis]
+            start = -(padding // spread)
+            last = ((tile - 1) * layer.stride[axis] + layer.kernel_size - 1 - padding) // spread
+            if choice.sweep == "patterns" and tile >= layer.out_size[axis]:
+                start, last = max(start, 0), min(last, layer.in_size[axis] - 1)
+            axes.append((start, max(1, last - start + 1), -padding - start * spread))
+        (start_h, size_h, origin_h), (start_w, size_w, origin_w) = axes
+        pitch = _pitch(size_h * choice.tile[0], size_w, choice.channel_block)
+        return cls((start_h, start_w), (size_h, size_w), pitch, (origin_h, origin_w))
+
+    @property
+    def pixels(self) -> int:
+        """Places in memory of one channel of one block."""
+        return self.size[0] * self.pitch
+
+
+def _pitch(rows: int, columns: int, channels: int) -> int:
+    """Return a distance of rows that spreads the start of all rows well over the sets of the first-level cache."""
+    sets, pixels_per_line = 64, 2
+
+    def crowding(pitch: int) -> int:
+        lines = np.arange(rows * channels) * pitch // pixels_per_line
+        return int(np.bincount(lines % sets).max())
+
+    return min(range(columns, columns + 5), key=lambda pitch: (crowding(pitch), pitch))
+
+
+def prepare(layer: Layer, blocks: int, choice: Choice) -> Prepared:
+    """Lay out a pass. Without a compiler the generic sweep takes the place of a specialised one."""
+    if choice.sweep == "taps":
+        return _prepare_taps(layer, blocks, choice)
+    try:
+        return _prepare_patterns(layer, blocks, choice)
+    except BackendUnavailable as error:
+        _warn_once(str(error))
+        return _prepare_taps(layer, blocks, replace(choice, sweep="taps", tile=taps_tile(layer)))
+
+
+@cache
+def _warn_once(reason: str) -> None:
+    logger.warning("specialised convolution kernels are not available, the generic one is slower: %s", reason)
+
+
+def taps_tile(layer: Layer) -> tuple[int, int, int]:
+    """Return a tile that the generic sweep is compiled for."""
+    rows, columns = 2, 4
+    return (1, rows * layer.spread[0], columns * layer.spread[1])
+
+
+def _prepare_taps(layer: Layer, blocks: int, choice: Choice) -> Prepared:
+    """Lay out a pass whose records are single taps, listed for each phase of output pixels."""
+    window, structure = Window.of(layer, choice), _structure(layer, blocks, choice)
+    found = reorder(layer, choice.channel_block, len(layer.patterns), structure.part)
+    kernels = found.kernels
+    taps = np.stack(np.divmod(np.array(layer.patterns), layer.kernel_size), -1)
+    values = kernels.numbers[:, None] * layer.entries + np.arange(layer.entries)[:: -1 if layer.reversed else 1]
+    channel = kernels.channels % choice.channel_block * window.pixels
+    starts, offsets, gather = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    records = 0
+    for cb, *phase in product(range(len(found.order)), range(layer.spread[0]), range(layer.spread[1])):
+        block = slice(*np.searchsorted(found.lists, (cb, cb + 1)))
+        place, remainder = np.divmod(taps + np.array(phase) * layer.stride + window.origin, layer.spread)
+        pixel = place[..., 0] * window.pitch + place[..., 1]
+        exists = (remainder == 0).all(-1)[kernels.patterns[block]]
+        offsets.append((channel[block, None] + pixel[kernels.patterns[block]])[exists])
+        gather.append(values[block][exists])
+        counts = np.bincount(found.places[block], exists.sum(1), layer.filters).astype(np.int64)
+        starts.append(records + np.concatenate(([0], np.cumsum(counts))))
+        records += len(gather[-1])
+    rows, columns = choice.tile[1] // layer.spread[0], choice.tile[2] // layer.spread[1]
+    structure.phases, structure.record_weights, structure.whole_tiles = layer.spread[0] * layer.spread[1], 1, 1
+    structure.groups = 1
+    structure.records = records
+    return Prepared(structure, {
+        "order": found.order.astype(np.int32),
+        "starts": np.concatenate(starts),
+        "offsets": (np.concatenate(offsets) * LANES).astype(np.int32),
+        "gather": np.concatenate(gather).astype(np.int32),
+        "sweeps": np.full(_tile_count(layer, blocks, choice), sweep_taps(rows, columns, layer.stride[1]), np.uint64),
+    })  # fmt: skip
+
+
+def _prepare_patterns(layer: Layer, blocks: int, choice: Choice) -> Prepared:
+    """Lay out a pass whose records are kernels, in runs of one pattern."""
+    window, structure = Window.of(layer, choice), _structure(layer, blocks, choice)
+    group = min(choice.group, len(layer.patterns))
+    found = reorder(layer, choice.channel_block, group, structure.part)
+    ends = np.cumsum(found.runs.sum(-1)).reshape(len(found.order), -1)
+    starts = np.concatenate((np.append(0, ends[:-1, -1])[:, None], ends), axis=1)
+    channel = found.kernels.channels % choice.channel_block
+    structure.phases, structure.record_weights, structure.whole_tiles = 1, layer.entries, 0
+    structure.groups, structure.patterns = -(-len(layer.patterns) // group), group
+    structure.reversed, structure.records = layer.reversed, len(channel)
+    return Prepared(structure, {
+        "order": found.order.astype(np.int32),
+        "starts": starts.astype(np.int64),
+        "runs": found.runs.astype(np.uint8),
+        "offsets": (channel * (choice.tile[0] * window.pixels * LANES)).astype(np.int32),
+        "gather": (found.kernels.numbers * layer.entries).astype(np.int32),
+        "sweeps": _specialised_sweeps(layer, blocks, choice, window),
+    })  # fmt: skip
+
+
+def _structure(layer: Layer, blocks: int, choice: Choice) -> Pass:
+    """Fill in what both kinds of passes share."""
+    (in_h, in_w), (out_h, out_w), (tile_blocks, tile_h, tile_w) = layer.in_size, layer.out_size, choice.tile
+    window = Window.of(layer, choice)
+    items = _tile_count(layer, blocks, choice) // choice.band or 1
+    parts = max(1, min(-(-ITEMS_PER_THREAD * torch.get_num_threads() // items), layer.filters // FILTERS_PER_PART))
+    return Pass(
+        blocks=blocks, channels=layer.channels, in_h=in_h, in_w=in_w, filters=layer.filters, out_h=out_h, out_w=out_w,
+        tile_blocks=tile_blocks, tile_h=tile_h, tile_w=tile_w, band=choice.band,
+        window_h=window.size[0], window_w=window.size[1], window_pitch=window.pitch,
+        start_h=window.start[0], start_w=window.start[1],
+        stride_h=layer.stride[0], stride_w=layer.stride[1], spread_h=layer.spread[0], spread_w=layer.spread[1],
+        channel_block=choice.channel_block, channel_blocks=-(-layer.channels // choice.channel_block),
+        part=-(-layer.filters // parts),
+    )  # fmt: skip
+
+
+def _band_width(layer: Layer, choice: Choice) -> int:
+    """Return the output columns of the widest band."""
+    columns = cuts(layer.out_size[1], choice.tile[2], layer.spread[1])
+    bands = cuts(len(columns), choice.band, 1)
+    ends = [columns[first + count - 1][0] + choice.tile[2] for first, count in bands]
+    return max(end - columns[first][0] for (first, _), end in zip(bands, ends, strict=True))
+
+
+def cuts(size: int, tile: int, spread: int) -> list[Pair]:
+    """Return start and length of the tiles along an axis, as `struct Cuts` of convolution.h does."""
+    count, units = -(-size // tile), -(-size // spread)
+    edges = [min(size, i * units // count * spread) for i in range(count + 1)]
+    return [(start, end - start) for start, end in pairwise(edges)]
+
+
+def _tile_count(layer: Layer, blocks: int, choice: Choice) -> int:
+    rows, columns = (-(-size // tile) for size, tile in zip(layer.out_size, choice.tile[1:], strict=True))
+    return -(-blocks // choice.tile[0]) * rows * columns
+
+
+def tile_shapes(layer: Layer, blocks: int, choice: Choice, window: Window) -> list[TileShape]:
+    """Return the shape of each tile of a pass, along columns, rows, blocks."""
+    return [
+        TileShape(count, rows, columns, window_rows, window_columns)
+        for (_, count), (rows, window_rows), (columns, window_columns) in product(
+            cuts(blocks, choice.tile[0], 1),
+            _axis_shapes(layer, choice, window, 0),
+            _axis_shapes(layer, choice, window, 1),
+        )
+    ]
+
+
+def _axis_shapes(layer: Layer, choice: Choice, window: Window, axis: int) -> list[tuple[int, Pair]]:
+    """Return for each tile along an axis its length and what it reads of its window that is not padding."""
+    stride, spread, origin = layer.stride[axis], layer.spread[axis], window.origin[axis]
+    shapes = []
+    for start, length in cuts(layer.out_size[axis], choice.tile[axis + 1], spread):
+        first = window.start[axis] + start * stride // spread
+        low, high = -(-origin // spread), ((length - 1) * stride + layer.kernel_size - 1 + origin) // spread + 1
+        shapes.append((length, (max(low, -first), min(high, layer.in_size[axis] - first))))
+    return shapes
+
+
+def _specialised_sweeps(layer: Layer, blocks: int, choice: Choice, window: Window) -> NDArray[np.uint64]:
+    """Return the address of the sweep of each group and tile, compiled if need be."""
+    shapes = tile_shapes(layer, blocks, choice, window)
+    distinct = tuple(sorted(set(shapes), key=str))
+    group = min(choice.group, len(layer.patterns))
+    spec = SweepSpec(
+        instruction_set(), layer.kernel_size, layer.patterns, group, layer.stride, layer.spread, window.origin,
+        window.size[0], window.pitch, choice.tile[0],
+    )  # fmt: skip
+    addresses = iter(_addresses(spec, distinct))
+    table: list[int] = []
+    for _ in spec.groups():
+        address = {shape: next(addresses) for shape in distinct}
+        table += [address[shape] for shape in shapes]
+    return np.array(table, np.uint64)
+
+
+@cache
+def _addresses(spec: SweepSpec, shapes: tuple[TileShape, ...]) -> list[int]:
+    library = build.load(codegen.library(spec, shapes))
+    names = (f"clicktrain_sweep_{number}" for number in range(len(shapes) * len(spec.groups())))
+    return [ctypes.cast(library[name], ctypes.c_void_p).value or 0 for name in names]
+
+
+TASKS = 16
+CHUNK_VECTORS = 32768  # of dy, 1 MB: with smaller chunks the sums are loaded and stored too often
+
+
+def prepare_gradient(layer: Layer, blocks: int) -> Prepared:
+    """Lay out the gradient of the values of a forward pass: kernels by channel, pattern and filter."""
+    kernels = layer.kernels
+    kernels = kernels[np.lexsort((kernels.filters, kernels.patterns, kernels.channels))]
+    starts = np.flatnonzero(np.diff(kernels.channels * len(layer.patterns) + kernels.patterns, prepend=-1))
+    run_channels = kernels.channels[starts]
+    (out_h, out_w), (in_h, in_w) = layer.out_size, layer.in_size
+    structure = Gradient(
+        blocks=blocks, channels=layer.channels, in_h=in_h, in_w=in_w, filters=layer.filters, out_h=out_h, out_w=out_w,
+        stride_h=layer.stride[0], stride_w=layer.stride[1], pad_h=layer.padding[0], pad_w=layer.padding[1],
+        kernel_size=layer.kernel_size, entries=layer.entries, tasks=TASKS,
+        chunk_blocks=max(1, min(blocks, CHUNK_VECTORS // max(1, layer.filters * out_w * out_h))),
+        chunk_rows=max(1, min(out_h, CHUNK_VECTORS // max(1, layer.filters * out_w))),
+    )  # fmt: skip
+    arrays = {
+        "task_starts": _task_starts(run_channels, starts, len(kernels.filters)),
+        "run_starts": np.append(starts, len(kernels.filters)),
+        "run_channels": run_channels,
+        "run_patterns": kernels.patterns[starts],
+        "kernel_filters": kernels.filters,
+        "kernel_ids": kernels.numbers,
+        "positions": np.array(layer.patterns),
+    }
+    return Prepared(structure, {name: np.ascontiguousarray(array, np.int32) for name, array in arrays.items()})
+
+
+def _task_starts(run_channels: Integers, run_starts: Integers, kernels: int) -> Integers:
+    """Cut the runs into tasks of about equally many kernels, between channels."""
+    new_channel = np.flatnonzero(np.diff(run_channels, prepend=-1))
+    wanted = np.arange(TASKS) * kernels / TASKS
+    cut = np.append(new_channel, len(run_channels))[np.searchsorted(run_starts[new_channel], wanted)]
+    return np.append(cut, len(run_channels))

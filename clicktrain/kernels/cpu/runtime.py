@@ -1,0 +1,164 @@
+"""What the CPU backend keeps for a plan: its passes, laid out on first use, by direction and layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from weakref import WeakKeyDictionary
+
+from clicktrain.kernels.cpu.codegen import LANES
+from clicktrain.kernels.cpu.layer import Layer, Pair
+from clicktrain.kernels.cpu.library import Lanes
+from clicktrain.kernels.cpu.passes import Choice, Prepared, prepare, prepare_gradient
+from clicktrain.kernels.cpu.tuning import choice_for, tune_pass
+from clicktrain.kernels.plan import Plan
+
+GRIDS: tuple[Pair, ...] = ((1, 1), (4, 2), (2, 4), (8, 1), (1, 8))
+"""How the eight lanes may share an image; (1, 1): they do not, each is an image of its own."""
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """How the input and the output of a pass become lanes, and the pass on those lanes."""
+
+    layer: Layer
+    source: Lanes
+    target: Lanes
+
+    @property
+    def blocks(self) -> int:
+        """Groups of eight lanes."""
+        return int(self.source.blocks)
+
+    @classmethod
+    def of(cls, layer: Layer, images: int) -> Packing:
+        """Choose the grid that computes the fewest pixels."""
+
+        def pixels(grid: Pair) -> int:
+            strip, _, _ = layer.strips(grid)
+            blocks = -(-images // LANES) if grid == (1, 1) else images
+            return blocks * strip.out_size[0] * strip.out_size[1]
+
+        grid = min(GRIDS, key=pixels)
+        if grid == (1, 1):
+            source = whole_images(images, layer.channels, layer.in_size)
+            return cls(layer, source, whole_images(images, layer.filters, layer.out_size))
+        strip, start, step = layer.strips(grid)
+        return cls(
+            strip,
+            _strips(images, layer.channels, layer.in_size, strip.in_size, grid, start, step),
+            _strips(images, layer.filters, layer.out_size, strip.out_size, grid, (0, 0), strip.out_size),
+        )
+
+
+def whole_images(images: int, channels: int, size: Pair) -> Lanes:
+    """Return the lanes that are images, each one long row of pixels."""
+    pixels, blocks = size[0] * size[1], -(-images // LANES)
+    return Lanes(
+        images=images, channels=channels, image_h=1, image_w=pixels, blocks=blocks, lane_h=1, lane_w=pixels,
+        grid_h=1, grid_w=1,
+    )  # fmt: skip
+
+
+def _strips(images: int, channels: int, size: Pair, strip: Pair, grid: Pair, start: Pair, step: Pair) -> Lanes:
+    return Lanes(
+        images=images, channels=channels, image_h=size[0], image_w=size[1], blocks=images, lane_h=strip[0],
+        lane_w=strip[1], grid_h=grid[0], grid_w=grid[1], start_h=start[0], start_w=start[1], step_h=step[0],
+        step_w=step[1],
+    )  # fmt: skip
+
+
+class Runtime:
+    """The passes of a plan.
+
+    `forward`, `grad_input` and `gradient` work on blocked activations; their `_strips` twins on the lanes that
+    `forward_packing` and `grad_input_packing` make of NCHW tensors.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.layers = {"forward": Layer.forward(plan), "grad_input": Layer.transposed(plan)}
+        self._images = plan.input_shape[0]
+        self.blocks = -(-self._images // LANES)
+
+    @cached_property
+    def forward_packing(self) -> Packing:
+        """Lanes of x and y."""
+        return Packing.of(self.layers["forward"], self._images)
+
+    @cached_property
+    def grad_input_packing(self) -> Packing:
+        """Lanes of dy and dx."""
+        return Packing.of(self.layers["grad_input"], self._images)
+
+    @cached_property
+    def forward(self) -> Prepared:
+        """The forward pass."""
+        return _chosen(self.layers["forward"], self.blocks)
+
+    @cached_property
+    def grad_input(self) -> Prepared:
+        """The input gradient."""
+        return _chosen(self.layers["grad_input"], self.blocks)
+
+    @cached_property
+    def gradient(self) -> Prepared:
+        """The gradient of the values."""
+        return prepare_gradient(self.layers["forward"], self.blocks)
+
+    @cached_property
+    def forward_strips(self) -> Prepared:
+        """The forward pass on `forward_packing`."""
+        packing = self.forward_packing
+        if packing.layer is self.layers["forward"]:
+            return self.forward
+        return _chosen(packing.layer, packing.blocks)
+
+    @cached_property
+    def grad_input_strips(self) -> Prepared:
+        """The input gradient on `grad_input_packing`."""
+        packing = self.grad_input_packing
+        if packing.layer is self.layers["grad_input"]:
+            return self.grad_input
+        return _chosen(packing.layer, packing.blocks)
+
+    @cached_property
+    def gradient_strips(self) -> Prepared:
+        """The gradient of the values on `forward_packing`."""
+        packing = self.forward_packing
+        return prepare_gradient(packing.layer, packing.blocks)
+
+
+def _chosen(layer: Layer, blocks: int) -> Prepared:
+    return prepare(layer, blocks, choice_for(layer, blocks))
+
+
+_runtimes: WeakKeyDictionary[Plan, Runtime] = WeakKeyDictionary()
+
+
+def runtime_of(plan: Plan) -> Runtime:
+    """Return the passes of a plan, made on first use and kept as long as the plan."""
+    runtime = _runtimes.get(plan)
+    if runtime is None:
+        runtime = _runtimes[plan] = Runtime(plan)
+    return runtime
+
+
+def tune(plan: Plan) -> dict[str, Choice]:
+    """Measure how the passes of a plan on blocked activations are best cut up, and use that from now on.
+
+    Takes some tens of calls of each pass; the result is kept on disk, so that the next process does not measure.
+
+    Returns
+    -------
+    dict
+        The choices for "forward" and "grad_input".
+    """
+    runtime = runtime_of(plan)
+    choices = {name: tune_pass(layer, runtime.blocks) for name, layer in runtime.layers.items()}
+    forget()
+    return choices
+
+
+def forget() -> None:
+    """Lay out all passes anew on their next use, because choices have changed."""
+    _runtimes.clear()

@@ -1,0 +1,12 @@
+// Everything that does not depend on the instruction set, to be included before one is selected.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "abi.h"
+#include "scratch.h"

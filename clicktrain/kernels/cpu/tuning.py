@@ -1,0 +1,207 @@
+"""How passes are cut up: an estimate without measuring, or the best of a few measured candidates.
+
+Every choice that is handed out is remembered under the pass's fingerprint, measured or not. `export_choices` gives
+them all as plain data for a checkpoint and `import_choices` puts them back, so that a resumed run computes the same
+bits, whatever it would choose itself. Only `tune` measures, and only it reads and writes choices on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from itertools import product
+from typing import Any
+
+import torch
+
+from clicktrain.errors import BackendUnavailable, InvalidArgument
+from clicktrain.files import write_atomic
+from clicktrain.kernels import build
+from clicktrain.kernels.cpu.layer import Layer
+from clicktrain.kernels.cpu.library import function, instruction_set
+from clicktrain.kernels.cpu.passes import Choice, cuts, prepare, taps_tile
+
+MAX_PATTERNS = 16
+CHANNEL_BLOCK = 64
+BAND_PIXELS = 16
+LEARNT_RUNS = 1024
+ROUNDS = 5
+_FMA_LATENCY = 4
+_SUMS = {"avx512": 24, "avx2": 10, "portable": 8}
+
+Tile = tuple[int, int, int]
+
+_choices: dict[str, Choice] = {}
+
+
+def choice_for(layer: Layer, blocks: int) -> Choice:
+    """Return how to cut up a pass: as tuned, imported or chosen before, else as estimated."""
+    key = fingerprint(layer, blocks)
+    if key not in _choices:
+        _choices[key] = estimate(layer, blocks)
+    return _choices[key]
+
+
+def export_choices() -> dict[str, dict[str, Any]]:
+    """Return all choices made so far as plain data, by fingerprint."""
+    return {key: asdict(choice) for key, choice in sorted(_choices.items())}
+
+
+def import_choices(choices: Mapping[str, Mapping[str, Any]]) -> None:
+    """Make exported choices valid for all passes that are laid out from now on.
+
+    Raises
+    ------
+    InvalidArgument
+        If an entry is not what `export_choices` gives.
+    """
+    _choices.update({key: _parsed(key, fields) for key, fields in choices.items()})
+
+
+def forget() -> None:
+    """Drop all choices."""
+    _choices.clear()
+
+
+def tune_pass(layer: Layer, blocks: int) -> Choice:
+    """Measure a few ways to cut up a pass and remember the fastest, in memory and on disk."""
+    key = fingerprint(layer, blocks)
+    stored = _read(key)
+    _choices[key] = stored if stored is not None else _fastest(layer, blocks)
+    if stored is None:
+        _write(key, _choices[key])
+    return _choices[key]
+
+
+def fingerprint(layer: Layer, blocks: int) -> str:
+    """Return a name for all passes that are cut up alike: their geometry, their patterns and how much they keep."""
+    facts = (
+        layer.filters, layer.channels, len(layer.kernels.filters), layer.patterns, layer.kernel_size, layer.in_size,
+        layer.out_size, layer.stride, layer.spread, layer.padding, blocks, instruction_set(),
+    )  # fmt: skip
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+
+
+def estimate(layer: Layer, blocks: int) -> Choice:
+    """Return a good way to cut up a pass, without measuring."""
+    channel_block = max(1, min(CHANNEL_BLOCK, layer.channels))
+    if layer.kernel_size == 1 or len(layer.patterns) > MAX_PATTERNS:
+        tile = taps_tile(layer)
+        return Choice("taps", tile, _band(layer, tile), channel_block, group=1)
+    tile = min(_tiles(layer, blocks), key=lambda tile: _cycles(layer, blocks, tile))
+    return Choice("patterns", tile, _band(layer, tile), channel_block, _group(layer, channel_block))
+
+
+def candidates(layer: Layer, blocks: int) -> list[Choice]:
+    """Return the ways to cut up a pass that are worth measuring, the estimate first."""
+    first = estimate(layer, blocks)
+    found = [first]
+    if first.sweep == "patterns":
+        tiles = sorted(_tiles(layer, blocks), key=lambda tile: _cycles(layer, blocks, tile))[:3]
+        found += [replace(first, tile=tile, band=_band(layer, tile)) for tile in tiles]
+        tile = taps_tile(layer)
+        found.append(Choice("taps", tile, _band(layer, tile), first.channel_block, group=1))
+        found += [replace(first, group=group) for group in (2, len(layer.patterns))]
+    found += [replace(first, channel_block=c) for c in (32, 128) if c < layer.channels]
+    return list(dict.fromkeys(found))
+
+
+def _fastest(layer: Layer, blocks: int) -> Choice:
+    """Run all candidates in turn, several times, and return the one with the best median."""
+    x = torch.ones(blocks, layer.channels, *layer.in_size, 8)
+    y = torch.empty(blocks, layer.filters, *layer.out_size, 8)
+    values = torch.ones(len(layer.kernels.filters) * layer.entries)
+    choices = candidates(layer, blocks)
+    passes = [prepare(layer, blocks, choice) for choice in choices]
+    seconds: list[list[float]] = [[] for _ in passes]
+    for _ in range(ROUNDS + 1):  # the first round warms up
+        for prepared, times in zip(passes, seconds, strict=True):
+            start = time.perf_counter()
+            function("convolve")(
+                prepared.address, x.data_ptr(), values.data_ptr(), y.data_ptr(), torch.get_num_threads()
+            )
+            times.append(time.perf_counter() - start)
+    medians = [sorted(times[1:])[ROUNDS // 2] for times in seconds]
+    return choices[medians.index(min(medians))]
+
+
+def _parsed(key: str, fields: Mapping[str, Any]) -> Choice:
+    try:
+        b, r, c = (int(size) for size in fields["tile"])
+        numbers = (int(fields[name]) for name in ("band", "channel_block", "group"))
+        choice = Choice(fields["sweep"], (b, r, c), *numbers)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidArgument(
+            f"choice {key}={fields!r}: expected sweep, tile, band, channel_block and group"
+        ) from error
+    if (
+        choice.sweep not in ("patterns", "taps")
+        or min(b, r, c, choice.band, choice.group) < 1
+        or not 1 <= choice.channel_block < 256
+    ):
+        raise InvalidArgument(f"choice {key}={fields!r}: a value is out of range")
+    return choice
+
+
+def _file(key: str) -> str:
+    machine = hashlib.sha256(f"{platform.processor()} {platform.machine()} {torch.get_num_threads()}".encode())
+    return f"choice-{key}-{machine.hexdigest()[:16]}.json"
+
+
+def _read(key: str) -> Choice | None:
+    try:
+        return _parsed(key, json.loads((build.cache_directory() / _file(key)).read_text()))
+    except (BackendUnavailable, OSError, ValueError):
+        return None
+
+
+def _write(key: str, choice: Choice) -> None:
+    try:
+        write_atomic(build.cache_directory() / _file(key), json.dumps(asdict(choice)))
+    except (BackendUnavailable, OSError):
+        return  # measured again next time
+
+
+def _group(layer: Layer, channel_block: int) -> int:
+    """Patterns at once: all, unless there are so many runs that the processor cannot learn their lengths by heart."""
+    runs = layer.filters * -(-layer.channels // channel_block) * len(layer.patterns)
+    return len(layer.patterns) if runs <= LEARNT_RUNS else 2
+
+
+def _band(layer: Layer, tile: Tile) -> int:
+    return max(1, min(BAND_PIXELS, layer.out_size[1]) // tile[2])
+
+
+def _tiles(layer: Layer, blocks: int) -> list[Tile]:
+    """Return the tiles whose sums fit into the registers."""
+    (height, width), (u, v) = layer.out_size, layer.spread
+    limit = _SUMS[instruction_set()]
+    tiles = [
+        (b, r * u, c * v)
+        for b, r, c in product((1, 2, 3), (1, 2, 3, 4), range(1, 11))
+        if b * r * u * c * v <= limit and b <= max(1, blocks) and (r - 1) * u < height and (c - 1) * v < width
+    ]
+    return tiles or [(1, u, v)]
+
+
+def _cycles(layer: Layer, blocks: int, tile: Tile) -> float:
+    """Estimate the cycles that all tiles together spend on one kernel, and on copying its share of a window."""
+    lengths = [
+        [length for _, length in cuts(size, step, spread)]
+        for size, step, spread in zip((blocks, *layer.out_size), tile, (1, *layer.spread), strict=True)
+    ]
+    phases = layer.spread[0] * layer.spread[1]
+    uses = max(1.0, len(layer.kernels.filters) / max(1, layer.channels))  # of a channel's window
+    (s, t), k = layer.stride, layer.kernel_size
+    total = 0.0
+    for b, r, c in product(*lengths):
+        window = b * ((r - 1) * s + k) * ((c - 1) * t + k) / phases
+        arithmetic = layer.entries * b * r * c / phases / 2
+        latency = layer.entries * _FMA_LATENCY / phases
+        loads = (window * min(1.0, layer.entries / k) + layer.entries) / 2
+        total += max(arithmetic, latency, loads) + 3 + 2 * window / uses
+    return total

@@ -1,0 +1,222 @@
+"""The CPU backend: threads, instruction sets, layouts, degenerate layers, tuned choices, bad operands."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from clicktrain.errors import InvalidArgument
+from clicktrain.kernels import Plan, plan
+from clicktrain.kernels.cpu import backend, library, passes, runtime, tuning
+from clicktrain.kernels.cpu.layer import Layer
+from clicktrain.patterns import PRUNED, all_patterns, full_pool, official_pool
+from tests.kernels.cases import Case, expected, relative_error
+
+pytestmark = pytest.mark.skipif(backend.available() is not True, reason=str(backend.available()))
+
+SQUARES = official_pool(4)
+LARGE = Case(SQUARES, 70, 67, 19, (9, 6), (1, 1), (1, 1), 0.3, seed=1)
+CASES = {
+    "stride 1": LARGE,
+    "stride 2": Case(SQUARES, 70, 67, 19, (9, 6), (2, 2), (1, 1), 0.3, seed=2),
+    "one image": Case(SQUARES, 30, 67, 1, (11, 9), (1, 1), (1, 1), 0.3, seed=3),
+    "pointwise": Case(full_pool(1), 70, 67, 9, (7, 5), (2, 2), (0, 0), 0.3, seed=4),
+}
+
+
+def run(case: Case) -> dict[str, Tensor]:
+    made, x, values, dy = case.operands()
+    return {
+        "forward": backend.forward(x, values, made),
+        "grad_input": backend.grad_input(dy, values, made),
+        "grad_values": backend.grad_values(x, dy, made),
+        "forward_blocked": backend.forward_blocked(backend.pack(x), values, made),
+    }
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_results_are_bitwise_the_same_for_any_number_of_threads(case: Case) -> None:
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        results.append(run(case))
+    torch.set_num_threads(before)
+    for result in results[1:]:
+        for name, tensor in result.items():
+            assert torch.equal(tensor, results[0][name]), name
+
+
+def convolve(layer: Layer, blocks: int, choice: passes.Choice, xb: Tensor, values: Tensor) -> Tensor:
+    y = torch.full((blocks, layer.filters, *layer.out_size, 8), torch.nan)
+    prepared = passes.prepare(layer, blocks, choice)
+    library.function("convolve")(prepared.address, xb.data_ptr(), values.data_ptr(), y.data_ptr(), 2)
+    return y
+
+
+@pytest.mark.parametrize("direction", [Layer.forward, Layer.transposed])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_bits_depend_on_the_channel_block_only(stride: int, direction: Callable[[Plan], Layer]) -> None:
+    made, x, values, dy = Case(SQUARES, 40, 70, 19, (9, 10), (stride,) * 2, (1, 1), 0.3, seed=1).operands()
+    layer = direction(made)
+    source = backend.pack(x if direction == Layer.forward else dy)
+    choices = [
+        passes.Choice(sweep, tile, band, 32, group)
+        for sweep, tile, band, group in (
+            ("taps", passes.taps_tile(layer), 1, 1),
+            ("taps", passes.taps_tile(layer), 3, 1),
+            ("patterns", (1, 2, 4), 2, 4),
+            ("patterns", (2, 2, 2), 1, 2),
+            ("patterns", (1, 4, 2), 9, 3),
+        )
+    ]
+    first, *others = (convolve(layer, 3, choice, source, values) for choice in choices)
+    assert torch.isfinite(first).all()
+    for choice, other in zip(choices[1:], others, strict=True):
+        assert torch.equal(first, other), choice
+
+
+@pytest.mark.parametrize("name", library.INSTRUCTION_SETS)
+def test_every_instruction_set_of_this_machine(name: str) -> None:
+    program = (
+        "from tests.kernels.test_cpu_backend import CASES, run, expected, relative_error\n"
+        "for case in CASES.values():\n"
+        "    want, got = expected(*case.operands()), run(case)\n"
+        "    assert all(relative_error(got[name], want[name]) < 1e-5 for name in want)\n"
+    )
+    environment = {**os.environ, "CLICKTRAIN_ISA": name}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    if f"CLICKTRAIN_ISA={name}: this machine does not have it" in done.stderr:
+        pytest.skip(f"no {name} here")
+    assert done.returncode == 0, done.stderr
+
+
+def test_unknown_instruction_set_is_a_reason_not_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLICKTRAIN_ISA", "mmx")
+    library.instruction_set.cache_clear()
+    assert "CLICKTRAIN_ISA=mmx: expected one of avx512, avx2, portable" in str(backend.available())
+    library.instruction_set.cache_clear()
+
+
+@pytest.mark.parametrize("images", [1, 7, 8, 9, 20])
+def test_pack_and_unpack_are_inverse_and_fill_with_zeros(images: int) -> None:
+    x = torch.randn(images, 3, 5, 7)
+    xb = backend.pack(x)
+    assert xb.shape == (-(-images // 8), 3, 5, 7, 8)
+    assert torch.equal(backend.unpack(xb, images), x)
+    by_image = xb.permute(0, 4, 1, 2, 3).reshape(-1, 3, 5, 7)
+    assert torch.equal(by_image[:images], x)
+    assert not by_image[images:].any()
+
+
+def test_padding_lanes_stay_zero() -> None:
+    made, x, values, _ = Case(SQUARES, 20, 20, 3, (6, 6), (1, 1), (1, 1), 0.5, seed=1).operands()
+    y = backend.forward_blocked(backend.pack(x), values, made)
+    assert not y[..., 3:].any()
+
+
+def one_pattern(index: list[list[int]]) -> Plan:
+    return plan(torch.tensor(index, dtype=torch.uint8), SQUARES, (2, len(index[0]), 5, 5), 1, 1)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [[[PRUNED] * 3] * 4, [[0] * 3] * 4, [[1, 2, 3], [PRUNED] * 3, [0, PRUNED, PRUNED]], [[PRUNED, 1], [PRUNED, 2]]],
+    ids=["all pruned", "nothing pruned", "a filter without kernels", "an unused channel"],
+)
+def test_degenerate_layers(index: list[list[int]]) -> None:
+    made = one_pattern(index)
+    x, values, dy = torch.randn(made.input_shape), torch.randn(made.values_shape), torch.randn(made.output_shape)
+    want = expected(made, x, values, dy)
+    assert relative_error(backend.forward(x, values, made), want["forward"]) < 1e-5
+    assert relative_error(backend.grad_input(dy, values, made), want["grad_input"]) < 1e-5
+    assert relative_error(backend.grad_values(x, dy, made), want["grad_values"]) < 1e-5
+
+
+def test_empty_batch_gives_empty_results() -> None:
+    made = plan(torch.zeros(4, 3, dtype=torch.uint8), SQUARES, (0, 3, 5, 5), 1, 1)
+    x, values, dy = torch.zeros(made.input_shape), torch.ones(made.values_shape), torch.zeros(made.output_shape)
+    assert backend.forward(x, values, made).shape == (0, 4, 5, 5)
+    assert backend.grad_input(dy, values, made).shape == (0, 3, 5, 5)
+    assert not backend.grad_values(x, dy, made).any()
+    assert backend.forward_blocked(backend.pack(x), values, made).shape == (0, 4, 5, 5, 8)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_non_finite_input_spreads_through_kept_taps_only(bad: float) -> None:
+    made, x, values, _ = Case(SQUARES, 9, 10, 9, (6, 6), (1, 1), (1, 1), 0.3, seed=5).operands()
+    x[1, 2, 3, 3] = bad
+    want = expected(made, x, values, torch.zeros(made.output_shape))["forward"]
+    got = backend.forward(x, values, made)
+    assert torch.equal(torch.isfinite(got), torch.isfinite(want))
+    finite = torch.isfinite(want)
+    assert torch.allclose(got[finite].double(), want[finite], atol=1e-5)
+    assert not finite.all()
+
+
+def test_tuned_choices_survive_a_checkpoint() -> None:
+    made, x, values, _ = Case(SQUARES, 40, 70, 9, (8, 8), (1, 1), (1, 1), 0.3, seed=1).operands()
+    xb = backend.pack(x)
+    chosen = runtime.tune(made)
+    assert set(chosen) == {"forward", "grad_input"}
+    y = backend.forward_blocked(xb, values, made)
+    stored = tuning.export_choices()
+    layer = Layer.forward(made)
+    assert tuning.choice_for(layer, 2) == chosen["forward"]
+
+    tuning.import_choices({tuning.fingerprint(layer, 2): {**stored[tuning.fingerprint(layer, 2)], "channel_block": 8}})
+    runtime.forget()
+    assert not torch.equal(backend.forward_blocked(xb, values, made), y)  # another order of sums
+    tuning.import_choices(stored)
+    runtime.forget()
+    assert torch.equal(backend.forward_blocked(xb, values, made), y)
+    assert runtime.tune(made) == chosen  # from disk
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"sweep": "magic", "tile": [1, 2, 4], "band": 1, "channel_block": 8, "group": 1}, None,
+               {"sweep": "taps", "tile": [1, 2, 4], "band": 1, "channel_block": 300, "group": 1}],
+)  # fmt: skip
+def test_choices_of_a_damaged_checkpoint_are_refused(fields: dict[str, object]) -> None:
+    with pytest.raises(InvalidArgument, match="choice some-key"):
+        tuning.import_choices({"some-key": fields})
+
+
+def test_bad_operands_are_named() -> None:
+    made, x, values, dy = Case(SQUARES, 9, 10, 9, (6, 6), (1, 1), (1, 1), 0.3, seed=5).operands()
+    with pytest.raises(InvalidArgument, match=r"x is torch.float64: .* torch.float32"):
+        backend.forward(x.double(), values, made)
+    with pytest.raises(InvalidArgument, match=r"x is torch.int32"):
+        backend.grad_values(x.int(), dy, made)
+    with pytest.raises(InvalidArgument, match="x is on meta: the cpu backend"):
+        backend.forward(x.to("meta"), values, made)
+    with pytest.raises(InvalidArgument, match=r"x has shape \(9, 9, 6, 6\): the plan expects \(9, 10, 6, 6\)"):
+        backend.forward(x[:, :9], values, made)
+    with pytest.raises(InvalidArgument, match="values has shape"):
+        backend.grad_input(dy, values[1:], made)
+    with pytest.raises(InvalidArgument, match="xb has shape"):
+        backend.forward_blocked(backend.pack(x)[:1], values, made)
+    with pytest.raises(InvalidArgument, match="n=3: xb holds 2 blocks"):
+        backend.unpack(backend.pack(x), 3)
+
+
+def test_operands_need_not_be_contiguous() -> None:
+    made, x, values, dy = LARGE.operands()
+    y = backend.forward(x, values, made)
+    assert torch.equal(backend.forward(x.to(memory_format=torch.channels_last), values.T.contiguous().T, made), y)
+    assert torch.equal(backend.grad_values(x.transpose(2, 3).contiguous().transpose(2, 3), dy, made),
+                       backend.grad_values(x, dy, made))  # fmt: skip
+
+
+def test_a_pool_of_all_patterns_uses_the_generic_kernel() -> None:
+    random = np.random.default_rng(0)
+    index = torch.from_numpy(random.integers(0, 126, (12, 9)).astype(np.uint8))
+    made = plan(index, all_patterns(4), (8, 9, 6, 6), 1, 1)
+    assert tuning.estimate(Layer.forward(made), 1).sweep == "taps"

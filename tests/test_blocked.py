@@ -1,0 +1,419 @@
+"""Blocked activations: whole networks against plain ones, the borders, and everything that is not blocked."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from clicktrain import blocked, models
+from clicktrain.assignment import Assignment
+from clicktrain.blocked import BlockedTensor
+from clicktrain.conversion import convert, to_dense
+from clicktrain.kernels.cpu import library
+from clicktrain.layers import PatternConv2d
+from clicktrain.models.blocks import BasicBlock, Bottleneck
+from clicktrain.models.resnet import ResNet
+from clicktrain.patterns import PRUNED, official_pool
+
+pytestmark = pytest.mark.skipif(library.available() is not True, reason=f"{library.available()}")
+
+
+@pytest.fixture(autouse=True)
+def _generic_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile no specialised convolution: they are bitwise equal to the generic one, and tested elsewhere."""
+    library.load()
+    monkeypatch.setenv("CLICKTRAIN_DISABLE_JIT", "1")
+
+
+def sparse(conv: nn.Conv2d, density: float = 0.5) -> Assignment:
+    index = torch.randint(0, 4, conv.weight.shape[:2], dtype=torch.uint8)
+    index[torch.rand(index.shape) > density] = PRUNED
+    return Assignment(index, official_pool(4))
+
+
+def prune(model: nn.Module) -> nn.Module:
+    """Convert every 3x3 convolution but the first."""
+    convs = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+    convert(model, {name: sparse(conv) for name, conv in convs[1:]})
+    return model
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """Return the same network on the reference backend, every activation NCHW."""
+    twin = copy.deepcopy(model)
+    blocked.remove(twin)
+    for layer in twin.modules():
+        if isinstance(layer, PatternConv2d):
+            layer.backend = "reference"
+    return twin
+
+
+class Everything(nn.Module):
+    """One of each operator that stays blocked, and some that do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.conv = nn.ModuleList(
+            nn.Conv2d(16, 16, 3, stride, 1, bias=bias) for stride, bias in ((1, False), (2, True))
+        )
+        self.norm = nn.ModuleList([nn.BatchNorm2d(16), nn.BatchNorm2d(16, affine=False), nn.BatchNorm2d(16)])
+        self.shortcut = nn.Conv2d(16, 16, 1, 2, bias=False)
+        self.head = nn.Linear(16 * 4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm[0](self.stem(x)))
+        x = F.max_pool2d(x, 3, 2, 1)
+        y = self.norm[1](self.conv[0](x))
+        y += x
+        y = F.relu_(y) + 0.5 * F.silu(y)
+        z = self.norm[2](self.conv[1](y))
+        z = torch.relu(torch.add(self.shortcut(y), z, alpha=2))
+        z = F.avg_pool2d(z, 2, 1) + F.adaptive_avg_pool2d(z, 3).mean((2, 3), keepdim=True)
+        return self.head(F.dropout(F.adaptive_avg_pool2d(z, 2), 0.1, self.training).flatten(1))
+
+
+def small_resnet(block: type[BasicBlock] | type[Bottleneck]) -> nn.Module:
+    return ResNet(block, [(64, 1), (128, 1)], num_classes=10, in_channels=3, width=0.125)
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "vgg": lambda: models.create("vgg11", 10, width=0.125),
+    # Few blocks: in a deep network, ReLUs that flip on rounding set any two float32 computations of it apart.
+    "resnet": lambda: small_resnet(BasicBlock),
+    "bottleneck": lambda: small_resnet(Bottleneck),
+    "everything": Everything,
+}
+
+
+def relative(result: Tensor, truth: Tensor) -> float:
+    return float((result.detach() - truth.detach()).norm() / truth.detach().norm().clamp_min(1e-12))
+
+
+@pytest.fixture(params=NETWORKS)
+def network(request: pytest.FixtureRequest) -> nn.Module:
+    return prune(NETWORKS[request.param]())
+
+
+@pytest.mark.parametrize(("images", "training"), [(16, True), (13, True), (13, False)])
+def test_gradients_and_state_equal_those_of_the_plain_network(network: nn.Module, images: int, training: bool) -> None:
+    twin = plain_copy(network)
+    x, target = torch.randn(images, 3, 16, 16), torch.randint(0, 5, (images,))
+    results = []
+    for model in (network.train(training), twin.train(training)):
+        torch.manual_seed(1)  # dropout
+        inputs = x.clone().requires_grad_()
+        output = model(inputs)
+        assert type(output) is Tensor
+        F.cross_entropy(output, target).backward()
+        assert type(inputs.grad) is Tensor
+        results.append((output, inputs.grad, [p.grad for p in model.parameters()]))
+    (y, dx, gradients), (y_plain, dx_plain, gradients_plain) = results
+    assert relative(y, y_plain) < 1e-4
+    assert relative(dx, dx_plain) < 1e-4
+    # A bias in front of a normalisation has gradient zero but for rounding, so the scale is that of all gradients.
+    scale = max(float(g.norm()) for g in gradients_plain if g is not None)
+    for gradient, expected in zip(gradients, gradients_plain, strict=True):
+        assert gradient is not None
+        assert expected is not None
+        assert float((gradient - expected).norm()) < 1e-4 * max(float(expected.norm()), 1e-2 * scale)
+    for (name, value), expected in zip(network.state_dict().items(), twin.state_dict().values(), strict=True):
+        assert torch.allclose(value.float(), expected.float(), rtol=1e-4, atol=1e-5), name
+
+
+def test_first_steps_of_training_have_the_loss_of_the_plain_network() -> None:
+    model = prune(small_resnet(BasicBlock))
+    twin = plain_copy(model)
+    data = [(torch.randn(16, 3, 16, 16), torch.randint(0, 10, (16,))) for _ in range(4)]
+    losses = []
+    for net in (model, twin):
+        torch.manual_seed(1)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9)
+        losses.append([])
+        for step in range(8):
+            loss = F.cross_entropy(net(data[step % 4][0]), data[step % 4][1])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(float(loss.detach()))
+    assert np.allclose(losses[0], losses[1], rtol=1e-4)
+
+
+@pytest.fixture
+def restored_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("restored_threads")
+def test_the_network_does_not_depend_on_the_number_of_threads() -> None:
+    # Only the convolutional part: the matrix products of the head are torch's.
+    model = prune(small_resnet(BasicBlock))
+    body = nn.Sequential(*list(model.children())[:-1])
+    x = torch.randn(13, 3, 16, 16)
+    made = []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        net = copy.deepcopy(body)
+        blocked.install(net)
+        features = net(x)
+        features.square().sum().backward()
+        made.append([features, *(p.grad for n, p in net.named_parameters() if p.ndim < 4)])
+    for other in made[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(made[0], other, strict=True))
+
+
+class TestWhatStaysBlocked:
+    def kinds(self, model: nn.Module, x: Tensor) -> dict[str, bool]:
+        """Tell for each layer whether its output was blocked."""
+        seen: dict[str, bool] = {}
+        handles = [
+            layer.register_forward_hook(
+                lambda _m, _i, out, name=name: seen.update({name: isinstance(out, BlockedTensor)})
+            )
+            for name, layer in model.named_modules()
+            if not list(layer.children())
+        ]
+        model(x)
+        for handle in handles:
+            handle.remove()
+        return seen
+
+    def test_everything_up_to_the_global_pool_does(self) -> None:
+        seen = self.kinds(prune(models.create("vgg11", 10, width=0.125)), torch.randn(8, 3, 32, 32))
+        assert all(is_blocked for name, is_blocked in seen.items() if name.startswith("features"))
+        assert not any(is_blocked for name, is_blocked in seen.items() if name.startswith("classifier"))
+
+    def test_after_an_unknown_layer_the_next_pattern_convolution_packs_again(self) -> None:
+        model = prune(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sigmoid(), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3)))
+        assert self.kinds(model, torch.randn(8, 3, 9, 9)) == {"0": True, "1": False, "2": False, "3": True}
+
+    @pytest.mark.parametrize(
+        ("x", "why"),
+        [
+            (torch.randn(5, 3, 9, 9), "a batch that leaves most lanes empty"),
+            (torch.randn(9, 3, 9, 9), "one image more than a block"),
+            (torch.randn(8, 3, 9, 9, dtype=torch.float64), "another type"),
+        ],
+    )
+    def test_these_inputs_do_not(self, x: Tensor, why: str) -> None:
+        assert not blocked.suits(x), why
+        assert blocked.pack(x) is x
+
+    def test_nothing_does_while_disabled(self) -> None:
+        model, x = prune(models.create("vgg11", 10, width=0.125)).eval(), torch.randn(8, 3, 32, 32)
+        with blocked.disabled():
+            assert not any(self.kinds(model, x).values())
+        assert any(self.kinds(model, x).values())
+
+    def test_a_backend_chosen_by_name_is_respected(self) -> None:
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+        convert(model, {"1": sparse(model[1])}, backend="reference")
+        seen = self.kinds(model, torch.randn(8, 3, 9, 9))
+        assert not seen["1"]
+
+    def test_autocast_computes_plain(self) -> None:
+        model, x = prune(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))), torch.randn(8, 3, 9, 9)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not any(self.kinds(model, x).values())
+            assert relative(model(x), plain_copy(model)(x)) < 1e-2
+
+
+class TestBorders:
+    @pytest.fixture
+    def model(self) -> nn.Module:
+        layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)]
+        return prune(nn.Sequential(*layers)).eval()
+
+    x = torch.randn(8, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+
+    def test_a_fully_convolutional_model_gives_an_ordinary_tensor(self, model: nn.Module) -> None:
+        y = model(self.x)
+        assert type(y) is Tensor
+        assert y.shape == (8, 8, 5, 5)
+        assert y.is_contiguous()
+
+    def test_outputs_in_containers_are_plain_too(self, model: nn.Module) -> None:
+        class Two(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.body = model
+
+            def forward(self, x: Tensor) -> dict[str, list[Tensor]]:
+                y = self.body[:3](x)
+                return {"features": [y, self.body[3](y)]}
+
+        two = Two()
+        blocked.install(two)
+        assert all(type(y) is Tensor for y in two(self.x)["features"])
+
+    def test_state_and_pickles_are_those_of_the_model(self, model: nn.Module) -> None:
+        assert not any("block" in key for key in model.state_dict())
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=False)
+        assert torch.equal(loaded(self.x), model(self.x))
+
+    def test_installing_twice_changes_nothing_and_to_dense_removes(self, model: nn.Module) -> None:
+        blocked.install(model)
+        assert len(model._forward_hooks) == len(model._forward_pre_hooks) == 1
+        expected = model(self.x)
+        to_dense(model)
+        assert len(model._forward_hooks) == len(model._forward_pre_hooks) == 0
+        assert relative(model(self.x), expected) < 1e-5
+
+    def test_export_trace_and_compile_see_the_plain_network(self, model: nn.Module) -> None:
+        expected = model(self.x)
+        exported = torch.export.export(model, (self.x,))
+        targets = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
+        assert "clicktrain.pattern_conv2d.default" in targets
+        assert relative(exported.module()(self.x), expected) < 1e-5
+        assert relative(torch.compile(model, backend="aot_eager", fullgraph=True)(self.x), expected) < 1e-5
+        assert relative(torch.jit.trace(model, self.x)(self.x), expected) < 1e-5
+
+    def test_activation_checkpointing(self, model: nn.Module) -> None:
+        gradients = []
+        for run in (model, lambda x: checkpoint(model, x, use_reentrant=False)):
+            x = self.x.clone().requires_grad_()
+            run(x).square().sum().backward()
+            gradients.append(x.grad)
+        assert torch.equal(*gradients)
+
+    def test_module_hooks_see_right_values(self, model: nn.Module) -> None:
+        seen: list[Tensor] = []
+        model[2].register_full_backward_hook(lambda _m, _inputs, outputs: seen.append(outputs[0]))
+        x = self.x.clone().requires_grad_()
+        model(x).square().sum().backward()
+        with blocked.disabled():
+            model(x).square().sum().backward()
+        assert relative(blocked.plain(seen[0]), seen[1]) < 1e-5
+
+
+class TestBlockedTensor:
+    """To any code it is a tensor with NCHW values."""
+
+    x = torch.randn(8, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+
+    @pytest.fixture
+    def b(self) -> Tensor:
+        packed = blocked.pack(self.x.clone())
+        assert isinstance(packed, BlockedTensor)
+        return packed
+
+    def test_values_and_shape(self, b: Tensor) -> None:
+        assert b.shape == self.x.shape
+        assert (len(b), b.ndim, b.dtype, b.device.type, b.is_contiguous()) == (8, 4, torch.float32, "cpu", True)
+        assert np.array_equal(b.numpy(), self.x.numpy())
+        assert b.tolist() == self.x.tolist()
+        assert torch.equal(blocked.plain(b), self.x)
+        assert repr(self.x) in repr(b)
+
+    @pytest.mark.parametrize(
+        "function",
+        [
+            torch.sigmoid, F.gelu, lambda x: x[2:5, :, 1], lambda x: x.permute(2, 3, 0, 1), lambda x: x * x,
+            lambda x: torch.cat([x, x], 1), lambda x: x.sum((0, 2, 3)), lambda x: x.mean((2, 3)), torch.sum,
+            lambda x: x + torch.ones(3, 1, 1), lambda x: x + 2, lambda x: x + x[:1], lambda x: 1 - x,
+            lambda x: F.max_pool2d(x, 2, ceil_mode=True), lambda x: F.max_pool2d(x, 2, dilation=2),
+            lambda x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False), lambda x: F.hardtanh(x, 0, 1),
+            lambda x: F.adaptive_max_pool2d(x, 3), lambda x: F.threshold(x, 0.5, 0.0), lambda x: F.instance_norm(x),
+            lambda x: F.conv2d(x, torch.ones(6, 1, 3, 3), groups=3),
+            lambda x: F.conv_transpose2d(x, torch.ones(3, 2, 2, 2)),
+            lambda x: F.conv2d(x, torch.ones(4, 3, 5, 5), torch.ones(4), padding=2), lambda x: x.detach().clone() + x,
+            lambda x: torch.linalg.vector_norm(x), lambda x: x.to(torch.float64), lambda x: x.view(x.shape),
+        ],
+    )  # fmt: skip
+    def test_any_function_and_its_gradient(self, function: Callable[[Tensor], Tensor]) -> None:
+        results = []
+        for wrap in (blocked.pack, lambda t: t):
+            leaf = self.x.clone().requires_grad_()
+            y = blocked.plain(function(wrap(leaf)))
+            weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
+            (y * weights).sum().backward()
+            results.append((y.detach(), leaf.grad))
+        assert relative(results[0][0], results[1][0]) < 1e-6
+        assert relative(results[0][1], results[1][1]) < 1e-5
+
+    def test_writing_through_a_view_or_an_index_shows(self, b: Tensor) -> None:
+        b.view(8, -1).mul_(2)
+        b[:, 0] = 0
+        expected = self.x * 2
+        expected[:, 0] = 0
+        assert torch.equal(blocked.plain(b), expected)
+        assert torch.equal(blocked.plain(F.relu_(b)), expected.relu())
+        assert torch.equal(blocked.plain(b), expected.relu())
+        assert torch.equal(blocked.plain(b.add_(b)), expected.relu() * 2)
+
+    def test_in_place_operators_leave_what_was_computed_before(self, b: Tensor) -> None:
+        norm = nn.BatchNorm2d(3).eval()
+        with torch.no_grad():
+            deferred = norm(b)
+            F.relu_(b)
+            assert torch.allclose(blocked.plain(deferred), norm(self.x))
+            assert torch.equal(blocked.plain(b), self.x.relu())
+
+    def test_autograd_notices_a_saved_value_that_was_overwritten(self) -> None:
+        packed = blocked.pack(self.x.clone().requires_grad_())
+        y = torch.relu(packed)
+        y.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+    def test_a_deferred_normalisation_may_be_used_twice(self) -> None:
+        gradients = []
+        norm = nn.BatchNorm2d(3)
+        for wrap in (blocked.pack, lambda t: t):
+            leaf = self.x.clone().requires_grad_()
+            y = norm(wrap(leaf))
+            (torch.relu(y) + 3 * y).square().sum().backward()
+            gradients.append(leaf.grad)
+        assert relative(*gradients) < 1e-5
+
+    def test_second_derivatives(self) -> None:
+        made = []
+        for wrap in (blocked.pack, lambda t: t):
+            leaf = self.x.clone().requires_grad_()
+            y = F.avg_pool2d(torch.relu(wrap(leaf)) ** 3, 2)
+            (first,) = torch.autograd.grad(y.sum(), leaf, create_graph=True)
+            first.square().sum().backward()
+            made.append(leaf.grad)
+        assert relative(*made) < 1e-5
+
+    def test_indices_of_a_pooling(self, b: Tensor) -> None:
+        y, indices = F.max_pool2d(b, 3, 2, 1, return_indices=True)
+        expected, expected_indices = F.max_pool2d(self.x, 3, 2, 1, return_indices=True)
+        assert indices.dtype == torch.int64
+        assert np.array_equal(indices.numpy(), expected_indices.numpy())
+        assert indices.sum() == expected_indices.sum()
+        unpooled = F.max_unpool2d(*F.max_pool2d(b, 2, return_indices=True), 2, output_size=(5, 7))
+        assert torch.equal(
+            blocked.plain(unpooled),
+            F.max_unpool2d(*F.max_pool2d(self.x, 2, return_indices=True), 2, output_size=(5, 7)),
+        )
+        assert torch.equal(blocked.plain(y), expected)
+
+    def test_copies_and_files_hold_plain_tensors(self, b: Tensor) -> None:
+        file = io.BytesIO()
+        torch.save(b, file)
+        file.seek(0)
+        assert torch.equal(torch.load(file), self.x)
+        assert torch.equal(copy.deepcopy(b), self.x)
+
+
+def test_without_the_extension_everything_stays_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clicktrain.blocked.tensor._extension_available", lambda: False)
+    model = prune(models.create("vgg11", 10, width=0.125))
+    twin = plain_copy(model)
+    x = torch.randn(8, 3, 32, 32)
+    assert not blocked.suits(x)
+    assert relative(model.eval()(x), twin.eval()(x)) < 1e-4

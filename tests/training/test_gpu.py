@@ -1,0 +1,34 @@
+"""The trainer on an NVIDIA GPU: loss scaling, memory format, resuming."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from clicktrain.training import train
+from tests.helpers import toy
+from tests.training.test_run import interrupt
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
+def test_a_run_of_each_precision_learns_and_resumes(tmp_path: Path, amp: str) -> None:
+    config = toy.clicktrain_config(device="cuda", amp=amp, channels_last="auto")
+    interrupt(tmp_path, 8, config)
+    result = train(config, tmp_path, callbacks=[])
+    assert result["stages"][-1]["name"] == "sparse"
+    assert result["accuracy"]["last"] > 100 / toy.CLASSES
+    assert json.loads((tmp_path / "provenance.json").read_text())["gpu"]["model"] == torch.cuda.get_device_name()
+
+
+def test_fp16_scales_the_loss_and_keeps_the_scale(tmp_path: Path) -> None:
+    config = toy.config(device="cuda", amp="fp16")
+    train(config, tmp_path, callbacks=[])
+    (newest, *_) = sorted((tmp_path / "checkpoints").iterdir(), reverse=True)
+    scaler = torch.load(newest, weights_only=True)["trainer"]["scaler"]
+    assert scaler["scale"] > 1
+    assert scaler["_growth_tracker"] > 0
