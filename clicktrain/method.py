@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from clicktrain.config import RunConfig
 
 
-
 class Batches(Sized, Iterable[tuple[Tensor, Tensor]], Protocol):
     """What `on_epoch` gets: the training loader, any sized iterable of (x, y) batches."""
 

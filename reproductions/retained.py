@@ -97,13 +97,14 @@ def measure_run(run: Run) -> list[Retained]:
     state = CheckpointStore(folder).load(lambda note: None) if folder.is_dir() else None
     if state is None:
         raise CheckpointError(f"{run.directory.path}: holds no checkpoint of the trained network")
-    trainer = Trainer.from_state(build(run.spec.config, run.spec.seed), state["trainer"])
-    convs = prunable_layers(trainer.model, trainer.session.data.image_shape)
+    session = build(run.spec.config, run.spec.seed)
+    model = Trainer.from_state(session, state["trainer"]).method.model
+    loader = session.train_loader(session.method.phases[-1])
+    convs = prunable_layers(model, session.data.image_shape)
     weights = {name: conv.weight for name, conv in convs.items() if conv.kernel_size == (3, 3)}
     found = []
     for score in get_args(Score):
-        batches = islice(iter(trainer.session.train_loader(trainer.phase)), BATCHES)
-        scores = list(measure(trainer.model, weights, batches, score).values())
+        scores = list(measure(model, weights, islice(iter(loader), BATCHES), score).values())
         for name, choose in POOLS.items():
             fractions = {size: retained_importance(scores, choose(scores, size)) for size in SIZES}
             found += [Retained(run.spec.seed, score, name, size, 100 * part) for size, part in fractions.items()]

@@ -1,11 +1,8 @@
 """Tests of the kernels compile what they specialise."""
 
-from collections.abc import Iterator
-
 import pytest
 
 
 @pytest.fixture(autouse=True)
-def _compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _compiling(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CLICKTRAIN_DISABLE_JIT")
-    yield
