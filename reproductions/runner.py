@@ -183,10 +183,11 @@ class Runner:
 
     def _environment(self) -> dict[str, str]:
         """Return the environment of a worker: with several at a time, each takes its share of the cores."""
+        unbuffered = os.environ | {"PYTHONUNBUFFERED": "1"}  # the last words of a killed worker are in its log
         if self._jobs == 1:
-            return dict(os.environ)
+            return unbuffered
         threads = max(1, len(os.sched_getaffinity(0)) // self._jobs)
-        return os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        return unbuffered | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
 
     def _note_failure(self, run: RunDirectory, code: int, title: str) -> None:
         lines = paths.log(run).read_text().splitlines()
