@@ -28,14 +28,14 @@ CPU_INDEX_TIMEOUT_SECONDS = 5
 
 @nox.session
 def reproduce(session: nox.Session) -> None:
-    """Run the quick study on embedded data and write its report (10 minutes on 2 cores at most)."""
+    """Run the quick study on embedded data and write its report (about 10 minutes on 2 cores)."""
     install(session, "report")
     session.run("python", "-m", "reproductions", "run", "quick", *session.posargs)
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Check style and types, and run all tests that need no GPU (12 minutes on 2 cores at most)."""
+    """Check style and types, and run all tests that need no GPU (about 7 minutes on 2 cores)."""
     install(session, "dev")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
