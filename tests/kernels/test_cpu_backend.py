@@ -54,6 +54,21 @@ def test_results_are_bitwise_the_same_for_any_number_of_threads(case: Case) -> N
             assert torch.equal(tensor, results[0][name]), name
 
 
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2)])
+def test_outputs_that_bypass_the_caches_are_the_same(stride: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(SQUARES, 70, 67, 19, (13, 16), stride, (1, 1), 0.3, seed=5)
+    stored = run(case)
+    monkeypatch.setattr(passes, "STREAMED_BYTES", 0)
+    runtime.forget()
+    made = case.plan()
+    prepared = runtime.runtime_of(made).forward.structure
+    streamed = run(case)
+    runtime.forget()
+    assert prepared.streaming
+    for name, tensor in stored.items():
+        assert torch.equal(streamed[name], tensor), name
+
+
 def convolve(layer: Layer, blocks: int, choice: passes.Choice, xb: Tensor, values: Tensor) -> Tensor:
     y = torch.full((blocks, layer.filters, *layer.out_size, 8), torch.nan)
     prepared = passes.prepare(layer, blocks, choice)

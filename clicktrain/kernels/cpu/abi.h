@@ -23,6 +23,7 @@ struct Sweep {
   int64_t in_filter, in_block, in_row, in_pixel;      // strides of sums_in in floats
   int64_t out_filter, out_block, out_row, out_pixel;  // strides of sums_out
   int32_t begin, end;       // places to do
+  int32_t streaming;        // store past the caches
 };
 
 typedef void (*SweepFunction)(const Sweep*);
@@ -48,6 +49,7 @@ struct Pass {
   int32_t record_weights;          // weights in a record
   int32_t reversed;                // take the weights of a record from last to first
   int32_t patterns;                // entries of `runs` for a filter in a group
+  int32_t streaming;               // outputs are too large for the caches, and tiles fill whole cache lines
   int32_t whole_tiles;             // sweeps write whole tiles, also where they stick out of the output
   int64_t records;
   const int32_t* order;            // [channel_blocks][groups][filters]

@@ -5,11 +5,7 @@
 
 namespace CLICKTRAIN_ISA {
 
-#ifdef __AVX512F__
-constexpr int kWidth = 16;
-#else
-constexpr int kWidth = 8;
-#endif
+constexpr int kWidth = CLICKTRAIN_VECTOR_BITS / 32;
 typedef float Wide __attribute__((vector_size(kWidth * sizeof(float))));
 
 constexpr int kChains = 12;  // independent sums: two units with a latency of four or five cycles, and some spare

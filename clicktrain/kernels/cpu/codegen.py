@@ -23,10 +23,11 @@ from clicktrain.kernels.build import Library
 
 LANES = 8
 TARGETS = {
-    "avx512": "avx512f,avx512vl,avx512dq,avx512bw,avx2,fma",
-    "avx2": "avx2,fma",
-    "portable": None,
+    "avx512": (512, "avx512f,avx512vl,avx512dq,avx512bw,avx2,fma"),
+    "avx2": (256, "avx2,fma"),
+    "portable": (128, None),
 }
+"""Instruction set -> bits of a register, and what the compiler calls the set."""
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-Wno-psabi")
 
 Pair = tuple[int, int]
@@ -84,9 +85,10 @@ def library(spec: SweepSpec, shapes: tuple[TileShape, ...]) -> Library:
 
 def render(spec: SweepSpec, shapes: tuple[TileShape, ...]) -> str:
     """Return the translation unit with the sweeps of all shapes."""
-    target = TARGETS[spec.instruction_set]
+    bits, target = TARGETS[spec.instruction_set]
     lines = [
         f"#define CLICKTRAIN_ISA {spec.instruction_set}",
+        f"#define CLICKTRAIN_VECTOR_BITS {bits}",
         '#include "abi.h"',
         *([f'#pragma GCC target("{target}")'] if target else []),
         '#include "lanes.h"',
@@ -117,7 +119,11 @@ def _function(name: str, patterns: tuple[tuple[int, ...], ...], spec: SweepSpec,
         "    }",
         *(line for number, pattern in enumerate(patterns) for line in _run(number, pattern, spec, shape)),
         "    float* out = s->sums_out + filter * s->out_filter;",
-        *(f"    store(out + {place.replace('$', 'out')}, {name});" for name, place in places),
+        "    if (s->streaming) {",
+        *(f"      stream(out + {place.replace('$', 'out')}, {name});" for name, place in places),
+        "    } else {",
+        *(f"      store(out + {place.replace('$', 'out')}, {name});" for name, place in places),
+        "    }",
         "  }",
         "}",
     ]

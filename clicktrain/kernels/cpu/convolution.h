@@ -153,6 +153,7 @@ class Convolution {
     s.sums_in = list ? s.sums_out : nullptr;
     s.begin = begin;
     s.end = end;
+    s.streaming = 0;
     return s;
   }
 
@@ -162,6 +163,7 @@ class Convolution {
     s.out_block = p_.filters * s.out_filter;
     const int64_t corner = (int64_t(t.top) * p_.out_w + t.left) * kLanes;
     s.sums_out = y_ + t.block * s.out_block + corner + first_pixel(phase, p_.out_w);
+    s.streaming = p_.streaming;
   }
 
   // Rows and columns from one pixel of a sweep to the next.
@@ -221,11 +223,12 @@ inline void convolve(const Pass& p, const float* x, const float* values, float* 
   {
     thread_local clicktrain::Scratch scratch;
     Convolution work(p, x, weights, y, scratch.floats(Convolution::floats(p)));
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait
     for (int64_t item = 0; item < tiles.bands() * parts; ++item) {
       const int begin = int(item % parts) * p.part, end = std::min(begin + p.part, p.filters);
       work.run(tiles, item / parts, begin, end);
     }
+    if (p.streaming) drain();
   }
 }
 

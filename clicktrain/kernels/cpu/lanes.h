@@ -5,8 +5,14 @@
 // is a whole vector whatever the stride, the padding and the width, and any sparsity of the weights vectorises.
 //
 // Plain GCC vector extensions: under AVX2 and AVX-512 a Vec is one register, in the portable build the compiler
-// splits it. The file is included once per instruction set, inside a namespace of its own (see isa.h).
+// splits it. The file is included once per instruction set, inside a namespace of its own, after the including file
+// has named the set (CLICKTRAIN_ISA) and the width of its registers (CLICKTRAIN_VECTOR_BITS): the compiler's own
+// macros do not follow `#pragma GCC target` in g++ before 13.
 #pragma once
+
+#ifndef CLICKTRAIN_VECTOR_BITS
+#error "define CLICKTRAIN_ISA and CLICKTRAIN_VECTOR_BITS first"
+#endif
 
 namespace CLICKTRAIN_ISA {
 
@@ -20,11 +26,25 @@ typedef int32_t Shuffle __attribute__((vector_size(32)));
 
 CLICKTRAIN_INLINE Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 CLICKTRAIN_INLINE void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
+// Store past the caches, to an address aligned like a Vec; `drain` must follow before another thread reads.
+CLICKTRAIN_INLINE void stream(float* p, Vec v) {
+#if CLICKTRAIN_VECTOR_BITS >= 256
+  __builtin_ia32_movntps256(p, v);
+#else
+  store(p, v);
+#endif
+}
+CLICKTRAIN_INLINE void drain() {
+#if CLICKTRAIN_VECTOR_BITS >= 256
+  __builtin_ia32_sfence();
+#endif
+}
+
 CLICKTRAIN_INLINE Vec broadcast(float f) { return Vec{f, f, f, f, f, f, f, f}; }
 
 // Keep the compiler from loading a vector again for each of its uses.
 CLICKTRAIN_INLINE void pin(Vec& v) {
-#if defined(__AVX__)
+#if CLICKTRAIN_VECTOR_BITS >= 256
   asm("" : "+x"(v));
 #else
   (void)v;

@@ -22,6 +22,9 @@ from clicktrain.kernels.cpu.library import Gradient, Pass, instruction_set, swee
 from clicktrain.kernels.cpu.reorder import reorder
 
 ITEMS_PER_THREAD, FILTERS_PER_PART = 4, 16
+STREAMED_BYTES = 2 << 20
+"""Outputs from this size on bypass the caches: they would push out the windows, and each of their lines would be
+read from memory before it is written."""
 
 logger = logging.getLogger(__name__)
 
@@ -204,7 +207,7 @@ def _structure(layer: Layer, blocks: int, choice: Choice) -> Pass:
         start_h=window.start[0], start_w=window.start[1],
         stride_h=layer.stride[0], stride_w=layer.stride[1], spread_h=layer.spread[0], spread_w=layer.spread[1],
         channel_block=choice.channel_block, channel_blocks=-(-layer.channels // choice.channel_block),
-        part=-(-layer.filters // parts),
+        part=-(-layer.filters // parts), streaming=choice.sweep == "patterns" and streams(layer, blocks, choice.tile),
     )  # fmt: skip
 
 
@@ -221,6 +224,14 @@ def cuts(size: int, tile: int, spread: int) -> list[Pair]:
     count, units = -(-size // tile), -(-size // spread)
     edges = [min(size, i * units // count * spread) for i in range(count + 1)]
     return [(start, end - start) for start, end in pairwise(edges)]
+
+
+def streams(layer: Layer, blocks: int, tile: tuple[int, int, int]) -> bool:
+    """Tell whether outputs bypass the caches: they are large, and tiles fill whole cache lines (two pixels)."""
+    height, width = layer.out_size
+    large = 4 * LANES * blocks * layer.filters * height * width >= STREAMED_BYTES
+    whole_lines = all(start % 2 == 0 and length % 2 == 0 for start, length in cuts(width, tile[2], layer.spread[1]))
+    return large and whole_lines
 
 
 def _tile_count(layer: Layer, blocks: int, choice: Choice) -> int:

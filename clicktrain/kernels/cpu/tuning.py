@@ -23,10 +23,13 @@ from clicktrain.files import write_atomic
 from clicktrain.kernels import build
 from clicktrain.kernels.cpu.layer import Layer
 from clicktrain.kernels.cpu.library import function, instruction_set
-from clicktrain.kernels.cpu.passes import Choice, cuts, prepare, taps_tile
+from clicktrain.kernels.cpu.passes import Choice, cuts, prepare, streams, taps_tile
 
 MAX_PATTERNS = 16
 CHANNEL_BLOCK = 64
+DENSE_CHANNEL_BLOCK, DENSE = 32, 0.6
+"""Where a filter keeps many kernels of a block, its window should stay in the first-level cache; where it keeps few,
+longer lists pay more."""
 BAND_PIXELS = 16
 LEARNT_RUNS = 1024
 ROUNDS = 5
@@ -88,11 +91,12 @@ def fingerprint(layer: Layer, blocks: int) -> str:
 
 def estimate(layer: Layer, blocks: int) -> Choice:
     """Return a good way to cut up a pass, without measuring."""
-    channel_block = max(1, min(CHANNEL_BLOCK, layer.channels))
+    density = len(layer.kernels.filters) / max(1, layer.filters * layer.channels)
+    channel_block = max(1, min(DENSE_CHANNEL_BLOCK if density > DENSE else CHANNEL_BLOCK, layer.channels))
     if layer.kernel_size == 1 or len(layer.patterns) > MAX_PATTERNS:
         tile = taps_tile(layer)
         return Choice("taps", tile, _band(layer, tile), channel_block, group=1)
-    tile = min(_tiles(layer, blocks), key=lambda tile: _cycles(layer, blocks, tile))
+    tile = _by_cost(layer, blocks)[0]
     return Choice("patterns", tile, _band(layer, tile), channel_block, _group(layer, channel_block))
 
 
@@ -101,8 +105,7 @@ def candidates(layer: Layer, blocks: int) -> list[Choice]:
     first = estimate(layer, blocks)
     found = [first]
     if first.sweep == "patterns":
-        tiles = sorted(_tiles(layer, blocks), key=lambda tile: _cycles(layer, blocks, tile))[:3]
-        found += [replace(first, tile=tile, band=_band(layer, tile)) for tile in tiles]
+        found += [replace(first, tile=tile, band=_band(layer, tile)) for tile in _by_cost(layer, blocks)[:3]]
         tile = taps_tile(layer)
         found.append(Choice("taps", tile, _band(layer, tile), first.channel_block, group=1))
         found += [replace(first, group=group) for group in (2, len(layer.patterns))]
@@ -186,6 +189,15 @@ def _tiles(layer: Layer, blocks: int) -> list[Tile]:
         if b * r * u * c * v <= limit and b <= max(1, blocks) and (r - 1) * u < height and (c - 1) * v < width
     ]
     return tiles or [(1, u, v)]
+
+
+def _by_cost(layer: Layer, blocks: int) -> list[Tile]:
+    """Return the tiles, the one that should be fastest first."""
+
+    def cost(tile: Tile) -> tuple[bool, float]:
+        return not streams(layer, blocks, tile), _cycles(layer, blocks, tile)
+
+    return sorted(_tiles(layer, blocks), key=cost)
 
 
 def _cycles(layer: Layer, blocks: int, tile: Tile) -> float:
