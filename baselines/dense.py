@@ -25,3 +25,8 @@ class Dense(Method):
     def phases(self) -> Sequence[Phase]:
         """One phase, at the run's own settings."""
         return [Phase("dense", self.epochs)]
+
+    @property
+    def dense_epochs(self) -> int:
+        """All epochs: this is what the others share."""
+        return self.epochs

@@ -85,6 +85,11 @@ class TrainPruneFinetune(Method):
         ]
 
     @property
+    def dense_epochs(self) -> int:
+        """The whole first phase: see `Method.dense_epochs`."""
+        return self.epochs
+
+    @property
     def stage(self) -> str:
         """Return "dense" or "finetune"."""
         return "finetune" if self.assignments else "dense"

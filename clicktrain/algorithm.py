@@ -172,6 +172,11 @@ class ClickTrain(Method):
         return [Phase("clicktrain", self.stages.epochs)]
 
     @property
+    def dense_epochs(self) -> int:
+        """The epochs before the selection: see `Method.dense_epochs`."""
+        return self.stages.select_at
+
+    @property
     def stage(self) -> str:
         """Return "dense", "regularized" or "sparse"."""
         if self._pruned:

@@ -57,6 +57,16 @@ def train(
     concurrent_runs: Annotated[
         int | None, typer.Option(min=0, help="Other runs that share this machine, for the record.")
     ] = None,
+    keep_epoch: Annotated[
+        list[int] | None, typer.Option(metavar="K", help="Keep the state after K epochs for --begin-from; repeatable.")
+    ] = None,
+    begin_from: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Take over the epochs that a new run shares with the dense run in RUN."),
+    ] = None,
+    or_from_start: Annotated[
+        bool, typer.Option("--or-from-start", help="Where --begin-from cannot be, say why and train all epochs.")
+    ] = False,
 ) -> None:
     """Train a network, or go on with a run that was interrupted."""
     from clicktrain.config import RunConfig, merge, parse_assignment, read_toml
@@ -70,7 +80,15 @@ def train(
         values = merge(values, change)
     run_config = RunConfig.from_dict(values, "configuration" if config is None else str(config))
     try:
-        result = train_run(run_config, out, seed=seed, concurrent_runs=concurrent_runs)
+        result = train_run(
+            run_config,
+            out,
+            seed=seed,
+            concurrent_runs=concurrent_runs,
+            keep_epochs=keep_epoch or (),
+            begin_from=begin_from,
+            or_from_start=or_from_start,
+        )
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None

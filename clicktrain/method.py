@@ -60,6 +60,9 @@ class Method:
                 optimizer.step(); optimizer.zero_grad(); method.after_step()
         model = method.finish()
 
+    A method whose first epochs are plain dense training says how many in `dense_epochs`; its runs can then begin
+    from those epochs of another run, see there for what it promises.
+
     Attributes
     ----------
     name : str
@@ -87,6 +90,20 @@ class Method:
     def phases(self) -> Sequence[Phase]:
         """The phases of a run, in order; their epochs add up to the whole cost."""
         raise NotImplementedError(f"{type(self).__name__} declares no phases")
+
+    @property
+    def dense_epochs(self) -> int:
+        """Leading epochs in which the method does exactly what dense training does; 0 promises nothing.
+
+        A run may take these epochs over from a dense run of the same seed instead of training them. Then
+        `setup` is followed by `on_epoch(k, ...)` with k up to this number (or by `begin_phase`, if a phase begins
+        there), on a network and an optimizer that already did k epochs, with the method's own state as it was
+        made. So in these epochs a method changes no batch, loss, gradient, weight or optimizer, spends no extra
+        FLOPs, logs nothing, stays in the stage it begins with, and remembers nothing that it needs later; and
+        its `setup` leaves the network as it is. Learning rates and other settings of its phases may differ from
+        the dense run's: the trainer compares them, and shares only what is equal.
+        """
+        return 0
 
     @property
     def stage(self) -> str:

@@ -34,12 +34,16 @@ def run(
     data: Annotated[str | None, typer.Option(help="Data set in place of the preset's own.")] = None,
     jobs: Annotated[int, typer.Option(help="Runs at the same time; above 1, times decide nothing.")] = 1,
     shared: Annotated[bool, typer.Option("--shared", help="Other work runs beside: times decide nothing.")] = False,
+    no_sharing: Annotated[
+        bool, typer.Option("--no-sharing", help="Train every epoch of every run, also those equal to the dense run's.")
+    ] = False,
     only: Annotated[list[str] | None, typer.Option(help='METHOD or METHOD/SEED, as in "*/0".')] = None,
 ) -> None:
     """Run a study from wherever it stands, then show and report it."""
     source = preset.find(name)
     directory = StudyDirectory(results / source.stem)
-    runner = Runner(directory, preset.load(source, data), jobs=jobs, exclusive=not shared)
+    loaded = preset.load(source, data)
+    runner = Runner(directory, loaded, jobs=jobs, exclusive=not shared, sharing=not no_sharing)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's way to interrupt
     try:
         failed = runner.run(only or [])

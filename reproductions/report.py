@@ -57,6 +57,8 @@ def remarks(study: Study) -> list[str]:
     found = []
     if len(study.runs) < planned:
         found.append(f"Unfinished: {len(study.runs)} of {planned} runs are done.")
+    if shared := wording.shared_epochs(study.runs):
+        found.append(shared)
     if any(not run.exclusive for run in study.runs):
         found.append("Some runs shared the machine with others: their times decide nothing.")
     commits = {commit for run in study.runs for commit in _commits(run)}
@@ -86,8 +88,10 @@ def command(study: Study, run: Run) -> str:
 def details(run: Run) -> dict[str, Any]:
     """Return the provenance that the report shows of a run, by heading."""
     record = run.provenance
+    began = run.began_from
     return {
         "started": record["started"],
+        "epochs shared": f"{began['epochs']} with {began['method']}, {began['seconds']:.1f} s" if began else "none",
         "code": "; ".join(_commits(run)),
         "machine": machine(run),
         "platform": record["platform"],
@@ -99,8 +103,9 @@ def details(run: Run) -> dict[str, Any]:
 
 
 def _commits(run: Run) -> list[str]:
-    """Return the states of the code that worked on a run, each once."""
-    return list(dict.fromkeys(_commit(segment["code"]) for segment in run.segments))
+    """Return the states of the code that trained the epochs of a run, each once."""
+    codes = [segment["code"] for segment in run.segments] + (run.began_from["code"] if run.began_from else [])
+    return list(dict.fromkeys(map(_commit, codes)))
 
 
 def _commit(code: dict[str, Any] | None) -> str:

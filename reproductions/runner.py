@@ -9,8 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence, Set
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,6 +22,7 @@ from clicktrain.training.session import build_method
 from reproductions import paths
 from reproductions.paths import StudyDirectory
 from reproductions.preset import Preset, RunSpec
+from reproductions.sharing import Sharing
 from reproductions.store import State, is_locked, state
 
 USER_ERROR = 2
@@ -73,6 +74,8 @@ class Runner:
         Runs at the same time; each gets its share of the cores.
     exclusive : bool
         Whether nothing but this runner uses the machine; goes into the provenance of each run.
+    sharing : bool
+        Whether runs begin with the epochs that they share with the dense run of their seed.
     say : callable
         Prints a line.
     """
@@ -84,6 +87,7 @@ class Runner:
         *,
         jobs: int = 1,
         exclusive: bool = True,
+        sharing: bool = True,
         say: Callable[[str], None] = print,
     ) -> None:
         if jobs < 1:
@@ -92,12 +96,15 @@ class Runner:
         self._preset = preset
         self._jobs = jobs
         self._exclusive = exclusive
+        self._sharing = Sharing(preset if sharing else None)
         self._say = say
         self._workers: set[subprocess.Popen[str]] = set()
         self._stopping = threading.Event()
 
     def run(self, only: Sequence[str] = ()) -> list[RunSpec]:
         """Execute what is not finished, seeds outermost; return the runs that failed.
+
+        A run that shares epochs with the dense run of its seed waits for that one, if it is among the chosen.
 
         Parameters
         ----------
@@ -112,14 +119,34 @@ class Runner:
         runs = select(self._preset.runs(), only)
         for spec in runs:
             build_method(spec.config)  # options that a method refuses are found now, not hours later
-        titles = [f"run {number} of {len(runs)}: {spec.label}" for number, spec in enumerate(runs, 1)]
         with lock(self._study.lock), ThreadPoolExecutor(self._jobs) as pool:
             write_atomic(self._study.preset, self._preset.to_toml())
             try:
-                finished = list(pool.map(self._bring_to_end, runs, titles))
+                finished = self._bring_all_to_end(runs, pool)
             finally:
                 self._stop()
-        return [spec for spec, is_finished in zip(runs, finished, strict=True) if not is_finished]
+        return [spec for spec in runs if not finished[spec.label]]
+
+    def _bring_all_to_end(self, runs: list[RunSpec], pool: ThreadPoolExecutor) -> dict[str, bool]:
+        """Execute runs in order, but none before its donor has ended; tell by label which are finished now.
+
+        Only runs that may start are given to the pool, so that none holds a place there while it waits.
+        """
+        titles = {spec.label: f"run {number} of {len(runs)}: {spec.label}" for number, spec in enumerate(runs, 1)}
+        waiting, working = list(runs), dict[Future[bool], RunSpec]()
+        finished: dict[str, bool] = {}
+        while waiting or working:
+            for spec in self._ready(waiting, titles.keys() - finished.keys())[: self._jobs - len(working)]:
+                waiting.remove(spec)
+                working[pool.submit(self._bring_to_end, spec, titles[spec.label])] = spec
+            for future in wait(working, return_when=FIRST_COMPLETED).done:
+                finished[working.pop(future).label] = future.result()
+        return finished
+
+    def _ready(self, waiting: list[RunSpec], unfinished: Set[str]) -> list[RunSpec]:
+        """Return the waiting runs whose donor is not about to come."""
+        donors = [(spec, self._sharing.donor(spec)) for spec in waiting]
+        return [spec for spec, donor in donors if donor is None or donor.label not in unfinished]
 
     def _bring_to_end(self, spec: RunSpec, title: str) -> bool:
         """Execute one run unless it is finished; tell whether it is now."""
@@ -179,7 +206,16 @@ class Runner:
         if self._exclusive:
             options["concurrent-runs"] = self._jobs - 1
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        return [sys.executable, "-m", "clicktrain", "train", *words]
+        return [sys.executable, "-m", "clicktrain", "train", *words, *self._sharing_words(spec)]
+
+    def _sharing_words(self, spec: RunSpec) -> list[str]:
+        """Return the options that make a run keep epochs for others, or begin from another run's."""
+        words = [word for epoch in self._sharing.kept_epochs(spec) for word in ("--keep-epoch", str(epoch))]
+        donor = self._sharing.donor(spec)
+        if donor is not None:
+            run = self._study.run(donor.config.config_id(), donor.seed)
+            words += ["--begin-from", str(run.path), "--or-from-start"]
+        return words
 
     def _environment(self) -> dict[str, str]:
         """Return the environment of a worker: with several at a time, each takes its share of the cores."""

@@ -99,9 +99,16 @@ class Run:
         return [self.provenance, *self.provenance["resumed"]]
 
     @property
+    def began_from(self) -> dict[str, Any] | None:
+        """Whose first epochs the run took over instead of training them, and how they were trained."""
+        record: dict[str, Any] | None = self.provenance.get("began_from")  # absent before runs could share epochs
+        return record
+
+    @property
     def exclusive(self) -> bool:
-        """Whether all its processes were said to have the machine to themselves."""
-        return all(segment["concurrency"]["declared"] == 0 for segment in self.segments)
+        """Whether all processes that trained its epochs were said to have the machine to themselves."""
+        declared = [segment["concurrency"]["declared"] for segment in self.segments]
+        return all(count == 0 for count in declared + (self.began_from["concurrent_runs"] if self.began_from else []))
 
 
 @dataclass(frozen=True)

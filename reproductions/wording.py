@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from reproductions.claims import Claim
 from reproductions.stats import Estimate
+from reproductions.store import Run
 from reproductions.summary import StoredRow
 
 MISSING = "-"
@@ -55,3 +57,15 @@ def stored(entry: StoredRow) -> str:
     where = f"{entry.study.directory.name} study, {entry.study.preset.data_label}"
     figures = measured(row.claim, row.verdict.estimate)
     return f"{row.verdict.word}: {row.subject} {figures} (stored evidence: {where})"
+
+
+def shared_epochs(runs: Sequence[Run]) -> str | None:
+    """Return how many epochs the runs of each method took over from the dense run; None where none did."""
+    epochs = {run.spec.method: run.began_from["epochs"] for run in runs if run.began_from}
+    if not epochs:
+        return None
+    listed = ", ".join(f"{method} {count}" for method, count in epochs.items())
+    return (
+        f"Epochs taken over from the dense run of the same seed, equal to the last bit: {listed}. "
+        "Their seconds and FLOPs are counted in full for every method."
+    )

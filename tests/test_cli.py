@@ -75,6 +75,21 @@ def test_a_preset_with_changes(tmp_path: Path) -> None:
     assert (config.model.width, config.data.name, config.method.options) == (0.25, "toy", {})
 
 
+def test_a_run_begins_from_epochs_that_another_kept(
+    tmp_path: Path, toy_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    donor, out = tmp_path / "dense", tmp_path / "run"
+    words = ("train", "--config", toy_file, "--out")
+    assert call(*words, donor, "--method", "dense", "--keep-epoch", "1", "--keep-epoch", "2") == 0
+    capsys.readouterr()
+    assert call(*words, out, "--seed", "1", "--begin-from", donor) == 2
+    assert capsys.readouterr().err == f"error: cannot begin from {donor}: seed = 1, not 0\n"
+    assert call(*words, out, "--begin-from", donor) == 0
+    assert "begins with 1 epochs of another run" in capsys.readouterr().out
+    assert call(*words, tmp_path / "other", "--seed", "1", "--begin-from", donor, "--or-from-start") == 0
+    assert f"cannot begin from {donor}: seed = 1, not 0; trains from the start" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -14,6 +14,9 @@ import torch
 from clicktrain.errors import CheckpointError
 from clicktrain.files import sha256_file, write_atomic
 
+CHECKPOINT_SCHEMA = 1
+"""Version of what a checkpoint holds."""
+
 _NAME = re.compile(r"step-(\d+)-([0-9a-f]{16})\.pt")
 
 
@@ -28,11 +31,11 @@ class CheckpointStore:
     ----------
     folder : Path
         Directory that holds nothing else.
-    keep : int
-        Newest checkpoints that are kept.
+    keep : int or None
+        Newest checkpoints that are kept; None: all.
     """
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
+    def __init__(self, folder: Path, keep: int | None = 2) -> None:
         self.folder = folder
         self.keep = keep
 
@@ -75,13 +78,33 @@ class CheckpointStore:
         """
         paths = self._newest_first()
         for path in paths:
-            if _digest(path) == sha256_file(path)[:16]:
-                state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            state = _read(path)
+            if state is not None:
                 return state
             note(f"checkpoint {path.name} is damaged (its digest does not fit): using the one before it")
         if paths:
             raise CheckpointError(f"every checkpoint in {self.folder} is damaged: train again into another directory")
         return None
+
+    def steps(self) -> set[int]:
+        """Return the numbers of steps after which there are checkpoints, whole or not."""
+        return {_step(path) for path in self._newest_first()}
+
+    def load_step(self, step: int) -> dict[str, Any]:
+        """Return the state after `step` steps, on the CPU.
+
+        Raises
+        ------
+        CheckpointError
+            There is no such checkpoint, or it is damaged.
+        """
+        for path in self._newest_first():
+            if _step(path) == step:
+                state = _read(path)
+                if state is not None:
+                    return state
+                raise CheckpointError(f"checkpoint {path} is damaged (its digest does not fit)")
+        raise CheckpointError(f"{self.folder} holds no checkpoint of step {step}")
 
     def _newest_first(self) -> list[Path]:
         paths = [path for path in self.folder.glob("*.pt") if _NAME.fullmatch(path.name)]
@@ -91,8 +114,32 @@ class CheckpointStore:
         """Keep `newest` and those before it; one of the same or a later step was damaged or superseded."""
         older = [path for path in self._newest_first() if _step(path) < _step(newest)]
         for path in self._newest_first():
-            if path != newest and path not in older[: self.keep - 1]:
+            if path != newest and path not in (older if self.keep is None else older[: self.keep - 1]):
                 path.unlink()
+
+
+def readable(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return a state of `folder` if this version can read it.
+
+    Raises
+    ------
+    CheckpointError
+        It was written by another version.
+    """
+    if state["schema"] != CHECKPOINT_SCHEMA:
+        raise CheckpointError(
+            f"{folder} holds checkpoints of format {state['schema']}, expected {CHECKPOINT_SCHEMA}: "
+            "go on with the version that wrote them"
+        )
+    return state
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """Return what a file holds, or None where that no longer fits its name."""
+    if _digest(path) != sha256_file(path)[:16]:
+        return None
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
 
 
 def _step(path: Path) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from clicktrain.data import Loader, Split
-from clicktrain.errors import DivergedError
+from clicktrain.errors import DivergedError, InvalidArgument
 from clicktrain.flops import layer_costs
 from clicktrain.training.evaluate import accuracy
 from clicktrain.training.layout import use_channels_last
@@ -87,15 +87,40 @@ class Trainer:
     def from_state(cls, session: Session, state: dict[str, Any]) -> Trainer:
         """Go on from a `state_dict`: structure first (the method's), then weights, then the optimizer."""
         trainer = cls(session, channels_last=state["channels_last"], phase=state["position"]["phase"])
-        method = trainer.method
-        method.load_state_dict(state["method"])
+        trainer.method.load_state_dict(state["method"])
+        trainer._restore(state)
+        return trainer
+
+    @classmethod
+    def from_dense_state(cls, session: Session, state: dict[str, Any]) -> Trainer:
+        """Begin after the epochs that another run trained dense: all but the method is taken from its `state_dict`.
+
+        Raises
+        ------
+        InvalidArgument
+            The method changes the network when it is set up, so that no dense state fits it.
+        """
+        phase = Timeline(session.method.phases, session.config.train).index(state["position"]["epoch"] - 1)
+        trainer = cls(session, channels_last=state["channels_last"], phase=phase)
+        method, meter = trainer.method, state["meter"]
+        if method.model.state_dict().keys() != state["model"].keys():
+            raise InvalidArgument(
+                f"dense_epochs={method.dense_epochs} of method {method.name}: its setup changes the network, expected 0"
+            )
+        by_stage = {method.stage: sum(meter["by_stage"].values())}  # the other may call its dense stage otherwise
+        own = {"position": {**state["position"], "phase": phase}, "meter": {**meter, "by_stage": by_stage}}
+        trainer._restore({**state, **own})
+        return trainer
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Take all of a `state_dict` but the method's part and the memory format."""
+        method = self.method
         method.model.load_state_dict(state["model"])
         restore_optimizer(method.optimizer, method.model, state["optimizer"])
-        trainer.position = Position(**state["position"])
-        trainer.meter.load_state_dict(state["meter"])
-        trainer._stepper.scaler.load_state_dict(state["scaler"])
+        self.position = Position(**state["position"])
+        self.meter.load_state_dict(state["meter"])
+        self._stepper.scaler.load_state_dict(state["scaler"])
         restore_torch_state(state["rng"])
-        return trainer
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that decides the remaining records: tensors and plain Python values, not copied."""

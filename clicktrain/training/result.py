@@ -52,7 +52,9 @@ def _finite(ratio: float) -> float | None:
     return ratio if math.isfinite(ratio) else None
 
 
-def summarise(trainer: Trainer, network: nn.Module, metrics: Path, total_seconds: float) -> Record:
+def summarise(
+    trainer: Trainer, network: nn.Module, metrics: Path, total_seconds: float, shared_seconds: float = 0.0
+) -> Record:
     """Return the content of ``result.json`` for a finished run.
 
     Parameters
@@ -65,6 +67,8 @@ def summarise(trainer: Trainer, network: nn.Module, metrics: Path, total_seconds
         The complete metrics file.
     total_seconds : float
         Wall-clock time of all processes that worked on the run, up to their last checkpoints.
+    shared_seconds : float
+        How much of that another run spent on the epochs that this one took over.
     """
     session, cost = trainer.session, trainer.meter.cost
     records = list(read_metrics(metrics))
@@ -97,6 +101,7 @@ def summarise(trainer: Trainer, network: nn.Module, metrics: Path, total_seconds
             "eval": sum(epoch["eval_seconds"] for epoch in epochs),
             "select": sum(epoch["select_seconds"] for epoch in epochs),
             "total": total_seconds,
+            "shared": shared_seconds,
         },
         "stages": stage_times(steps, epochs),
     }

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from clicktrain import provenance
 from clicktrain.config import RunConfig
-from clicktrain.errors import CheckpointError, DivergedError
+from clicktrain.errors import CheckpointError, ClickTrainError, DivergedError, InvalidArgument
 from clicktrain.training.callbacks import Callback, CallbackList, TensorBoard
-from clicktrain.training.checkpoint import CheckpointStore
+from clicktrain.training.checkpoint import CHECKPOINT_SCHEMA, CheckpointStore, readable
 from clicktrain.training.layout import faster_in_channels_last
 from clicktrain.training.loop import Record, Trainer
 from clicktrain.training.metrics import MetricsLog
@@ -19,8 +19,7 @@ from clicktrain.training.progress import console_progress
 from clicktrain.training.result import size_figures, summarise
 from clicktrain.training.rundir import RunDirectory
 from clicktrain.training.session import Session, build
-
-CHECKPOINT_SCHEMA = 1
+from clicktrain.training.sharing import DenseStart, take_over
 
 _PROBE_IMAGES = 32  # enough on a CPU to tell which memory format is faster
 
@@ -32,6 +31,9 @@ def train(
     seed: int = 0,
     callbacks: Sequence[Callback] | None = None,
     concurrent_runs: int | None = None,
+    keep_epochs: Collection[int] = (),
+    begin_from: str | os.PathLike[str] | None = None,
+    or_from_start: bool = False,
 ) -> dict[str, Any]:
     """Train in a directory until the run is done, from its start or from its last checkpoint.
 
@@ -50,6 +52,14 @@ def train(
         Who watches; None: progress on the console.
     concurrent_runs : int, optional
         How many other runs share the machine on purpose, for the record.
+    keep_epochs : collection of int
+        Numbers of epochs, 1 to all, after which the state is kept for good, for other runs to begin from.
+    begin_from : path-like, optional
+        Directory of another run. A fresh run takes over from it the epochs that both train dense and that it
+        kept: state, metrics and time. No number of the result changes but times, which are the other run's.
+        A run that has a checkpoint of its own goes on from that.
+    or_from_start : bool
+        Where `begin_from` cannot be, say why and train from the start instead of raising.
 
     Returns
     -------
@@ -60,7 +70,7 @@ def train(
     ------
     ClickTrainError
         The configuration cannot work here, the directory holds another run or cannot be written, every
-        checkpoint is damaged, or the loss diverged.
+        checkpoint is damaged, the run to begin from shares no epoch with this one, or the loss diverged.
     """
     directory = RunDirectory(out)
     watch = CallbackList([console_progress()] if callbacks is None else callbacks)
@@ -73,14 +83,21 @@ def train(
             watch.on_note(f"{directory.path}: this run is done, nothing left to do")
             return result
         session = build(config, seed)
-        run = _Run(directory, session, watch)  # what cannot work fails here, before the directory is taken
         origin = provenance.collect(
             seed=seed, data_fingerprint=session.data.fingerprint, concurrent_runs=concurrent_runs
         )
-        if known:
+        state, start = _load(CheckpointStore(directory.checkpoints), watch), None
+        if begin_from is not None and state is None:
+            start = _start(lambda: take_over(session, begin_from, origin, watch.on_note), or_from_start, watch)
+        # what cannot work fails here, before the directory is taken
+        run = _Run(directory, session, watch, state or start, keep_epochs)
+        began_from = start.origin if start else None
+        if not known:
+            directory.begin(config, origin, began_from)
+        elif state:
             directory.note_resumed(origin)
-        else:
-            directory.begin(config, origin)
+        else:  # killed before its first checkpoint: where the run begins is decided now
+            directory.note_resumed(origin, began_from=began_from)
         if config.data.eval_on == "test":
             watch.on_note("the best epoch is chosen on the test set, as in the official code: optimistic")
         return run.finish()
@@ -129,28 +146,50 @@ def evaluate_run(out: str | os.PathLike[str], callback: Callback | None = None) 
 class _Run:
     """A run in progress: connects the trainer with the files and with those who watch."""
 
-    def __init__(self, directory: RunDirectory, session: Session, watch: Callback) -> None:
+    def __init__(
+        self,
+        directory: RunDirectory,
+        session: Session,
+        watch: Callback,
+        begin: dict[str, Any] | DenseStart | None,
+        keep_epochs: Collection[int],
+    ) -> None:
         self._started = time.perf_counter()
         self._directory, self._watch, self._config = directory, watch, session.config
         self._store = CheckpointStore(directory.checkpoints, session.config.train.keep)
-        state = _load(self._store, watch)
-        if state is None:
+        self._shared = CheckpointStore(directory.shared, keep=None)
+        self._has_checkpoint = isinstance(begin, dict)
+        self._taken_over: list[Record] = []
+        self._earlier_seconds, self._metrics_bytes = 0.0, 0
+        if isinstance(begin, DenseStart):
+            self._trainer = Trainer.from_dense_state(session, begin.trainer)
+            self._taken_over = list(begin.records_of(self._trainer))
+            self._earlier_seconds = begin.seconds
+        elif begin is None:
             self._trainer = Trainer(session, channels_last=_channels_last(session))
-            self._earlier_seconds, self._metrics_bytes = 0.0, 0
         else:
-            self._trainer = Trainer.from_state(session, state["trainer"])
-            self._earlier_seconds, self._metrics_bytes = state["seconds"], state["metrics_bytes"]
+            self._trainer = Trainer.from_state(session, begin["trainer"])
+            self._earlier_seconds, self._metrics_bytes = begin["seconds"], begin["metrics_bytes"]
+        self._keep_epochs = _checked_epochs(keep_epochs, self._trainer.timeline.epochs)
 
     def finish(self) -> dict[str, Any]:
         """Train to the end, write the result and return it."""
         trainer, watch = self._trainer, self._watch
-        if trainer.position.step:
+        if self._taken_over:
+            watch.on_note(f"begins with {trainer.position.epoch} epochs of another run: {self._earlier_seconds:.1f} s")
+        elif trainer.position.step:
             watch.on_note(f"going on after step {trainer.position.step} of {trainer.total_steps}")
+        if self._keep_epochs:
+            self._directory.shared.mkdir(exist_ok=True)
         metrics = MetricsLog(self._directory.metrics, self._metrics_bytes)
         watch.on_start(trainer.position.step, trainer.total_steps)
         try:
-            if not trainer.position.step:
-                self._checkpoint(metrics)  # keeps the memory format that was chosen
+            for record in self._taken_over:
+                metrics.write(record)
+            if not self._has_checkpoint:
+                self._checkpoint(metrics)  # keeps the memory format that was chosen, and what was taken over
+            elif self._is_to_be_kept and trainer.position.step not in self._shared.steps():
+                self._checkpoint(metrics)  # an earlier process, not told to keep it, wrote the checkpoint
             for record in trainer.records():
                 self._take(record, metrics)
         except DivergedError as error:
@@ -158,7 +197,8 @@ class _Run:
         finally:
             metrics.close()
             watch.on_end()
-        result = summarise(trainer, trainer.method.finish(), self._directory.metrics, self._seconds())
+        network, shared_seconds = trainer.method.finish(), self._directory.shared_seconds()
+        result = summarise(trainer, network, self._directory.metrics, self._seconds(), shared_seconds)
         self._directory.write_result(result)
         return result
 
@@ -176,17 +216,23 @@ class _Run:
 
     def _checkpoint(self, metrics: MetricsLog) -> None:
         self._trainer.check_finite()
-        self._store.save(
-            self._trainer.position.step,
-            {
-                "schema": CHECKPOINT_SCHEMA,
-                "config_id": self._config.config_id(),
-                "seed": self._trainer.session.seed,
-                "metrics_bytes": metrics.sync(),
-                "seconds": self._seconds(),
-                "trainer": self._trainer.state_dict(),
-            },
-        )
+        state = {
+            "schema": CHECKPOINT_SCHEMA,
+            "config_id": self._config.config_id(),
+            "seed": self._trainer.session.seed,
+            "metrics_bytes": metrics.sync(),
+            "seconds": self._seconds(),
+            "trainer": self._trainer.state_dict(),
+        }
+        if self._is_to_be_kept:  # first: once the checkpoint is there, no restart comes by here again
+            self._shared.save(self._trainer.position.step, state)
+        self._store.save(self._trainer.position.step, state)
+
+    @property
+    def _is_to_be_kept(self) -> bool:
+        """Whether the run stands at the end of an epoch that others may begin from."""
+        position = self._trainer.position
+        return position.batch == 0 and position.epoch in self._keep_epochs
 
     def _seconds(self) -> float:
         """Return the wall-clock time of all segments of the run so far."""
@@ -196,12 +242,27 @@ class _Run:
 def _load(store: CheckpointStore, watch: Callback) -> dict[str, Any] | None:
     """Return the newest state that is whole, if it is one that this version can read."""
     state = store.load(watch.on_note)
-    if state is not None and state["schema"] != CHECKPOINT_SCHEMA:
-        raise CheckpointError(
-            f"{store.folder} holds checkpoints of format {state['schema']}, expected {CHECKPOINT_SCHEMA}: "
-            "go on with the version that wrote them"
-        )
-    return state
+    return None if state is None else readable(state, store.folder)
+
+
+def _start(find: Callable[[], DenseStart], or_from_start: bool, watch: Callback) -> DenseStart | None:
+    """Return the start that another run offers; None where it offers none and that was foreseen."""
+    try:
+        return find()
+    except ClickTrainError as error:
+        if not or_from_start:
+            raise
+        watch.on_note(f"{error}; trains from the start")
+        return None
+
+
+def _checked_epochs(keep: Collection[int], epochs: int) -> frozenset[int]:
+    for epoch in keep:
+        if not 1 <= epoch <= epochs:
+            raise InvalidArgument(
+                f"keep_epochs={sorted(keep)}: expected numbers from 1 to {epochs}, the epochs of the run"
+            )
+    return frozenset(keep)
 
 
 def _channels_last(session: Session) -> bool:

@@ -31,6 +31,7 @@ class RunDirectory:
         self.metrics = self.path / "metrics.jsonl"
         self.result = self.path / "result.json"
         self.checkpoints = self.path / "checkpoints"
+        self.shared = self.path / "shared"
         self.tensorboard = self.path / "tensorboard"
         self.lock = self.path / "lock"
 
@@ -125,13 +126,13 @@ class RunDirectory:
             raise ConfigError(f"{self.path} holds a run of another configuration: {difference}; use another --out")
         return True
 
-    def begin(self, config: RunConfig, origin: dict[str, Any]) -> None:
+    def begin(self, config: RunConfig, origin: dict[str, Any], began_from: dict[str, Any] | None = None) -> None:
         """Write provenance and then the configuration, with which the directory belongs to this run."""
-        self._write_json(self.provenance, {**origin, "resumed": []})
+        self._write_json(self.provenance, {**origin, "began_from": began_from, "resumed": []})
         write_atomic(self.config, config.to_toml())
 
-    def note_resumed(self, origin: dict[str, Any]) -> None:
-        """Add the provenance of a process that takes the run up again.
+    def note_resumed(self, origin: dict[str, Any], **changes: Any) -> None:
+        """Add the provenance of a process that takes the run up again, and what it decides anew in the record.
 
         Raises
         ------
@@ -142,7 +143,12 @@ class RunDirectory:
         if origin["data_fingerprint"] != record["data_fingerprint"]:
             raise CheckpointError(f"{self.path}: the data set has changed since this run began; use another --out")
         record["resumed"].append(origin)
-        self._write_json(self.provenance, record)
+        self._write_json(self.provenance, record | changes)
+
+    def shared_seconds(self) -> float:
+        """Return the time of the epochs that the run took over from another; 0.0 where it took none."""
+        began_from = self.read_record().get("began_from")
+        return began_from["seconds"] if began_from else 0.0
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Write the result, with which the run is done."""

@@ -44,6 +44,11 @@ class Timeline:
         """Return the index of the phase that an epoch lies in."""
         return bisect_right(self._ends, epoch)
 
+    def begins(self, epoch: int) -> bool:
+        """Return whether a phase begins with an epoch, and with it a fresh optimizer."""
+        index = self.index(epoch)
+        return epoch == self._ends[index] - self.phases[index].epochs
+
     def lr(self, position: float) -> float:
         """Return the learning rate at an epoch position (epoch + batch / batches) of the run."""
         index = self.index(int(position))

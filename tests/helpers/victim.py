@@ -49,11 +49,13 @@ class Victim:
         Run directory.
     stop : (str, int), optional
         One of `MOMENTS`, and in which checkpoint of this process.
+    **options
+        More arguments of `train`.
     """
 
-    def __init__(self, config: RunConfig, out: Path, stop: tuple[str, int] | None = None) -> None:
+    def __init__(self, config: RunConfig, out: Path, stop: tuple[str, int] | None = None, **options: Any) -> None:
         self._signals, child = _context.Pipe(duplex=False)
-        self._process: BaseProcess = _context.Process(target=_work, args=(config, out, child, stop))
+        self._process: BaseProcess = _context.Process(target=_work, args=(config, out, child, stop, options))
         self._process.start()
         child.close()
 
@@ -106,13 +108,15 @@ class _Signals(Callback):
         self._pipe.send(record["epoch"])
 
 
-def _work(config: RunConfig, out: Path, pipe: Connection, stop: tuple[str, int] | None) -> None:
+def _work(
+    config: RunConfig, out: Path, pipe: Connection, stop: tuple[str, int] | None, options: dict[str, Any]
+) -> None:
     clicktrain.data.load, clicktrain.models.create = toy.load_data, toy.create_model
     if stop is None:
-        train(config, out, callbacks=[_Signals(pipe)])
+        train(config, out, callbacks=[_Signals(pipe)], **options)
     else:
         _stop_in_write(*stop, lambda: pipe.send("stopped"))
-        train(config, out, callbacks=[])
+        train(config, out, callbacks=[], **options)
 
 
 def _stop_in_write(moment: str, number: int, tell: Callable[[], None]) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from reproductions import __main__ as command_line
-from reproductions import paths
+from reproductions import paths, preset
+from reproductions.paths import StudyDirectory
 from tests.helpers.studies import make_study, write_preset
+from tests.helpers.victim import fingerprint
 
 TOY = """
 title = "Toy study"
@@ -39,7 +42,7 @@ config.method = { name = "baselines:Dense" }
 name = "ClickTrain"
 role = "subject"
 rivals = { dense = "dense" }
-config.method = { name = "clicktrain", options = { target_compression = 4.0, select_at = 0, prune_at = 1 } }
+config.method = { name = "clicktrain", options = { target_compression = 4.0, select_at = 1, prune_at = 1 } }
 """
 
 
@@ -56,15 +59,18 @@ def test_a_study_runs_is_found_done_and_becomes_evidence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(paths.CLONE)
-    preset, results = write_preset(tmp_path / "toy.toml", TOY), tmp_path / "results"
-    call("run", preset, "--results", results)
+    file, results = write_preset(tmp_path / "toy.toml", TOY), tmp_path / "results"
+    call("run", file, "--results", results)
     printed = capfd.readouterr().out
     assert "run 2 of 2: ClickTrain/0: starts" in printed
     assert "Training needs 36.7 to 45.2 %" in printed
-    assert (results / "toy" / "report.html").read_text().startswith("<!doctype html>")
+    assert "ClickTrain/0  begins with 1 epochs of another run" in printed
+    html = (results / "toy" / "report.html").read_text()
+    assert html.startswith("<!doctype html>")
+    assert "equal to the last bit: ClickTrain 1. Their seconds" in html
 
     files = {path: path.stat().st_mtime_ns for path in results.rglob("seed_0/*") if path.is_file()}
-    call("run", preset, "--results", results)
+    call("run", file, "--results", results)
     assert capfd.readouterr().out.count("already done") == 2
     assert {path: path.stat().st_mtime_ns for path in files} == files
 
@@ -78,6 +84,25 @@ def test_a_study_runs_is_found_done_and_becomes_evidence(
     assert "Retained importance" in (tmp_path / "report.html").read_text()
     records = [json.loads(path.read_text()) for path in (tmp_path / "evidence").rglob("provenance.json")]
     assert [record["concurrency"]["declared"] for record in records] == [0, 0]
+
+
+def test_sharing_epochs_changes_no_number(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file, results = write_preset(tmp_path / "toy.toml", TOY), tmp_path / "results"
+    dense, clicktrain = preset.load(file).runs()
+    runs = StudyDirectory(results / "toy")
+    donor, begun = (runs.run(spec.config.config_id(), 0) for spec in (dense, clicktrain))
+    call("run", file, "--results", results)
+    assert json.loads(begun.provenance.read_text())["began_from"]["config_id"] == dense.config.config_id()
+    shared = fingerprint(begun.path)
+
+    shutil.rmtree(begun.path)
+    shutil.rmtree(donor.shared)
+    capfd.readouterr()
+    call("run", file, "--results", results, "--only", "ClickTrain")
+    kept_nothing = "it kept none of its first 1 epochs: train it with --keep-epoch 1; trains from the start"
+    assert kept_nothing in capfd.readouterr().out
+    assert json.loads(begun.provenance.read_text())["began_from"] is None
+    assert fingerprint(begun.path) == shared
 
 
 def test_status_of_a_study_that_was_never_run_lists_its_runs(
@@ -117,7 +142,7 @@ def test_mistakes_are_one_line_and_exit_code_2(
 def test_a_refused_option_of_a_method_is_found_before_any_run(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    preset = write_preset(tmp_path / "toy.toml", TOY.replace("select_at", "select_when"))
-    call("run", preset, "--results", tmp_path / "results", code=2)
+    file = write_preset(tmp_path / "toy.toml", TOY.replace("select_at", "select_when"))
+    call("run", file, "--results", tmp_path / "results", code=2)
     assert "select_when" in capfd.readouterr().err
     assert not (tmp_path / "results").exists()

@@ -108,3 +108,18 @@ def test_the_terminal_shows_both_tables(tmp_path: Path, monkeypatch: pytest.Monk
     text = output.export_text()
     for expected in ("2 of 3", "90.10 \N{PLUS-MINUS SIGN} 0.10", "6.00", "reproduced", "long study, toy data"):
         assert expected in text
+
+
+def test_shared_epochs_are_told(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "toy")
+    assert "taken over" not in report.render(study)
+    for method, epochs in (("PAT", 10), ("ClickTrain", 3)):
+        for run in study.of(method):
+            code = {"commit": "f" * 40, "dirty": False}
+            run.provenance["began_from"] = {
+                "epochs": epochs, "method": "dense", "seconds": 12.25, "concurrent_runs": [0], "code": [code],
+            }  # fmt: skip
+    html = report.render(study)
+    assert "equal to the last bit: PAT 10, ClickTrain 3. Their seconds and FLOPs are counted in full" in html
+    assert "10 with dense, 12.2 s" in html
+    assert "The runs come from 2 states of the code" in html

@@ -15,7 +15,7 @@ from reproductions.paths import StudyDirectory
 from reproductions.preset import RunSpec
 from reproductions.runner import Runner, lock, select
 from reproductions.store import State, state
-from tests.helpers.studies import write_preset
+from tests.helpers.studies import PRESET, write_preset
 
 FINISH = "(out / 'result.json').write_text('{}')"
 
@@ -30,9 +30,11 @@ class ScriptedRunner(Runner):
         return [sys.executable, "-c", header + self.script(spec)]
 
 
-def _runner(tmp_path: Path, script: Callable[[RunSpec], str], jobs: int = 1) -> tuple[ScriptedRunner, list[str]]:
+def _runner(
+    tmp_path: Path, script: Callable[[RunSpec], str], jobs: int = 1, text: str = PRESET
+) -> tuple[ScriptedRunner, list[str]]:
     said: list[str] = []
-    loaded = preset.load(write_preset(tmp_path / "toy.toml"))
+    loaded = preset.load(write_preset(tmp_path / "toy.toml", text))
     runner = ScriptedRunner(StudyDirectory(tmp_path / "toy"), loaded, jobs=jobs, say=said.append)
     runner.script = script
     return runner, said
@@ -89,11 +91,11 @@ def test_a_failed_run_is_tried_again_by_the_next_runner(tmp_path: Path) -> None:
 
 
 def test_several_jobs_share_the_cores(tmp_path: Path) -> None:
-    meet = "(out.parent / 'here').touch()\nwhile len(list(out.parent.parent.glob('*/here'))) < 2: time.sleep(0.01)\n"
+    meet = "(out / 'here').touch()\nwhile len(list(out.parent.glob('*/here'))) < 2: time.sleep(0.01)\n"
     note = "(out / 'threads').write_text(os.environ.get('OMP_NUM_THREADS', ''))\n"
     runner, _ = _runner(tmp_path, lambda spec: meet + note + FINISH, jobs=2)
-    assert runner.run(["dense/0", "PAT/0"]) == []
-    threads = [(_directory(tmp_path, label).path / "threads").read_text() for label in ("dense/0", "PAT/0")]
+    assert runner.run(["dense/0", "dense/1"]) == []
+    threads = [(_directory(tmp_path, label).path / "threads").read_text() for label in ("dense/0", "dense/1")]
     assert all(int(count) >= 1 for count in threads)
 
 
@@ -139,3 +141,71 @@ def test_an_unwritable_results_directory_is_one_clear_error(tmp_path: Path) -> N
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot write the results directory"), lock(tmp_path / "file" / "lock"):
         pass
+
+
+def _command(tmp_path: Path, label: str, *, text: str = PRESET, sharing: bool = True) -> str:
+    """Return the end of a worker's command line, with the directory of the study as STUDY."""
+    loaded = preset.load(write_preset(tmp_path / "toy.toml", text))
+    runner = Runner(StudyDirectory(tmp_path / "toy"), loaded, sharing=sharing)
+    spec = next(spec for spec in loaded.runs() if spec.label == label)
+    command = runner.command(spec, _directory(tmp_path, label))
+    return " ".join(command[command.index("--concurrent-runs") + 2 :])
+
+
+def test_the_dense_run_keeps_what_its_siblings_begin_from(tmp_path: Path) -> None:
+    donor = _directory_of(tmp_path, "dense/1").path
+    assert _command(tmp_path, "dense/1") == "--keep-epoch 1 --keep-epoch 2"
+    assert _command(tmp_path, "PAT/1") == f"--begin-from {donor} --or-from-start"
+    assert _command(tmp_path, "ClickTrain/1") == f"--begin-from {donor} --or-from-start"
+
+
+def test_without_sharing_every_run_trains_all_its_epochs(tmp_path: Path) -> None:
+    assert [_command(tmp_path, f"{name}/0", sharing=False) for name in ("dense", "PAT", "ClickTrain")] == ["", "", ""]
+
+
+def test_runs_of_other_settings_share_nothing(tmp_path: Path) -> None:
+    text = PRESET.replace(
+        'config = { method = { name = "clicktrain"', 'config = { train = { lr = 0.2 }, method = { name = "clicktrain"'
+    )
+    assert _command(tmp_path, "ClickTrain/0", text=text) == ""
+    assert _command(tmp_path, "dense/0", text=text) == "--keep-epoch 2"
+
+
+def test_a_method_that_is_dense_at_no_time_shares_nothing(tmp_path: Path) -> None:
+    text = PRESET.replace('"clicktrain", options = {', '"clicktrain", options = { select_at = 0,')
+    assert _command(tmp_path, "ClickTrain/0", text=text) == ""
+    assert _command(tmp_path, "dense/0", text=text) == "--keep-epoch 2"
+
+
+_DENSE_LAST = PRESET[: PRESET.index("[[methods]]")] + "\n".join(
+    f"[[methods]]{part}" for part in reversed(PRESET.split("[[methods]]")[1:])
+)
+
+
+@pytest.mark.parametrize("jobs", [1, 2, 4])
+@pytest.mark.parametrize("text", [PRESET, _DENSE_LAST], ids=["dense first", "dense last"])
+def test_siblings_wait_for_the_dense_run_of_their_seed(tmp_path: Path, jobs: int, text: str) -> None:
+    dense = {seed: _directory_of(tmp_path, f"dense/{seed}", text).result for seed in (0, 1, 2)}
+
+    def script(spec: RunSpec) -> str:
+        check = "" if spec.method == "dense" else f"assert pathlib.Path({str(dense[spec.seed])!r}).exists()\n"
+        return check + FINISH
+
+    runner, said = _runner(tmp_path, script, jobs, text)
+    assert runner.run() == []
+    assert sum("starts" in line for line in said) == 9
+
+
+def test_siblings_of_a_dense_run_that_fails_start_all_the_same(tmp_path: Path) -> None:
+    runner, _ = _runner(tmp_path, lambda spec: "sys.exit(2)" if spec.method == "dense" else FINISH, jobs=2)
+    assert [spec.label for spec in runner.run(["*/0"])] == ["dense/0"]
+
+
+def test_siblings_of_a_dense_run_that_was_not_chosen_do_not_wait(tmp_path: Path) -> None:
+    runner, _ = _runner(tmp_path, lambda spec: FINISH)
+    assert runner.run(["PAT", "ClickTrain/1"]) == []
+
+
+def _directory_of(tmp_path: Path, label: str, text: str = PRESET) -> RunDirectory:
+    write_preset(tmp_path / "toy.toml", text)
+    return _directory(tmp_path, label)

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,14 @@ def test_an_unlocked_or_missing_file_is_not_locked(tmp_path: Path) -> None:
     assert not is_locked(tmp_path / "missing")
     (tmp_path / "file").touch()
     assert not is_locked(tmp_path / "file")
+
+
+def test_a_run_is_exclusive_only_if_its_donor_was(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "toy")
+    run = study.of("PAT")[0]
+    assert (run.exclusive, run.began_from) == (True, None)
+    for declared, exclusive in (([0], True), ([0, 1], False), ([None], False)):
+        began_from = {"epochs": 2, "method": "dense", "seconds": 1.5, "concurrent_runs": declared, "code": [None]}
+        begun = replace(run, provenance=run.provenance | {"began_from": began_from})
+        assert begun.exclusive is exclusive
+        assert begun.began_from == began_from

@@ -258,7 +258,7 @@ def test_changed_data_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt(tmp_path, 8)
-    monkeypatch.setattr("clicktrain.training.run.CHECKPOINT_SCHEMA", 2)
+    monkeypatch.setattr("clicktrain.training.checkpoint.CHECKPOINT_SCHEMA", 2)
     with pytest.raises(CheckpointError, match="holds checkpoints of format 1, expected 2"):
         train(CONFIG, tmp_path, callbacks=[])
 
