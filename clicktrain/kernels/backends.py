@@ -77,6 +77,9 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("cpu", "clicktrain.kernels.cpu.backend", ("cpu",), (torch.float32,)),
+        Backend(
+            "cuda", "clicktrain.kernels.cuda.backend", ("cuda",), (torch.float32, torch.float16, torch.bfloat16)
+        ),
         Backend("reference", "clicktrain.kernels.reference"),
     )
 }

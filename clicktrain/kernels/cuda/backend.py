@@ -1,0 +1,256 @@
+"""The CUDA backend's three functions, and the deployment forward with a fused epilogue.
+
+Results are the same bits from call to call on one device: sums have a fixed order, there are no atomics.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from clicktrain.errors import InvalidArgument
+from clicktrain.kernels.cpu.layer import Layer
+from clicktrain.kernels.cuda import codegen, layout, tiling
+from clicktrain.kernels.cuda.codegen import LANES, ConvolutionSpec, Dtype, GradientSpec
+from clicktrain.kernels.cuda.launch import CupyLauncher, Launcher, available
+from clicktrain.kernels.plan import Plan
+
+__all__ = ["available", "forward", "forward_fused", "grad_input", "grad_values"]
+
+DTYPES: dict[torch.dtype, Dtype] = {
+    torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16",
+}  # fmt: skip
+INDEX_LIMIT = 2**31 - 1
+SIMPLE_THREADS = 256  # of `arrange` and `finish`
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What is done to the sums before they are written: y = relu(sum * scale + shift + residual).
+
+    Attributes
+    ----------
+    scale, shift : Tensor or None, (C_out,) float32
+        None: 1 and 0.
+    residual : Tensor or None, (N, C_out, H_out, W_out)
+        Of x's type; None: 0.
+    relu : bool
+        Whether negative results become 0.
+    """
+
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    residual: Tensor | None = None
+    relu: bool = False
+
+
+def forward(x: Tensor, values: Tensor, plan: Plan) -> Tensor:
+    """Convolve x (N, C_in, H, W) with values (kept_kernels, entries); returns (N, C_out, H_out, W_out).
+
+    Raises
+    ------
+    InvalidArgument
+        If an operand is not a CUDA tensor of the plan's shape in float32, float16 or bfloat16, or too large.
+    """
+    return forward_fused(x, values, plan, Epilogue())
+
+
+def forward_fused(x: Tensor, values: Tensor, plan: Plan, epilogue: Epilogue) -> Tensor:
+    """As `forward`, with an epilogue on the sums in float32; for inference, not differentiable."""
+    x, values = _operands(("x", x, plan.input_shape), ("values", values, plan.values_shape))
+    _check_epilogue(epilogue, x, plan)
+    return _runtime(plan, x).forward.run(x, values, plan.output_shape, epilogue)
+
+
+def grad_input(dy: Tensor, values: Tensor, plan: Plan) -> Tensor:
+    """Return the gradient (N, C_in, H, W) of the input for dy (N, C_out, H_out, W_out); raises as `forward`."""
+    dy, values = _operands(("dy", dy, plan.output_shape), ("values", values, plan.values_shape))
+    return _runtime(plan, dy).grad_input.run(dy, values, plan.input_shape, Epilogue())
+
+
+def grad_values(x: Tensor, dy: Tensor, plan: Plan) -> Tensor:
+    """Return the gradient (kept_kernels, entries) of the values; raises as `forward`."""
+    x, dy = _operands(("x", x, plan.input_shape), ("dy", dy, plan.output_shape))
+    if not plan.input_shape[0] or not plan.values_shape[0]:
+        return x.new_zeros(plan.values_shape)
+    return _runtime(plan, x).gradient.run(x, dy, plan.values_shape)
+
+
+launcher: Launcher = CupyLauncher()
+"""Runs the kernels."""
+
+
+class Convolution:
+    """A convolution pass on one device, ready to run."""
+
+    def __init__(self, layer: Layer, images: int, dtype: Dtype, device: torch.device) -> None:
+        self.layer, self.images = layer, images
+        self.spec: ConvolutionSpec = tiling.convolution_spec(layer, images, dtype, launcher.limits(device))
+        self.text = codegen.unit(self.spec)
+        made = layout.program(layer, self.spec)
+        self._words, self._bounds = _on(made.words, device), _on(made.bounds, device)
+        self._gather, self._filter_of_slot = _on(made.gather, device), _on(made.filter_of_slot, device)
+        self._weight_words, self._program_words = -(-made.most_weights // 4) * 4, made.most_words
+        self._shared = tiling.shared_bytes(self.spec, self._weight_words, self._program_words)
+        self._chunks = -(-layer.channels // self.spec.channels)
+        self._filter_blocks = len(made.filter_of_slot) // self.spec.filters
+        patches = tiling.patch_count(images, self.spec.images, layer.out_size, self.spec.tile)
+        self._groups = -(-patches // LANES)
+
+    def run(self, x: Tensor, values: Tensor, shape: tuple[int, ...], epilogue: Epilogue) -> Tensor:
+        """Return the outputs, of the given shape."""
+        y = torch.empty(shape, dtype=x.dtype, device=x.device)
+        if not y.numel():
+            return y
+        weights = torch.empty(max(1, len(self._gather)), dtype=torch.float32, device=x.device)
+        if len(self._gather):
+            blocks = -(-len(self._gather) // SIMPLE_THREADS)
+            arguments = (values, self._gather, weights, len(self._gather))
+            launcher.launch(self.text, "arrange", blocks, SIMPLE_THREADS, 0, arguments)
+        layer, spec = self.layer, self.spec
+        tiles = tuple(-(-size // tile) for size, tile in zip(layer.out_size, spec.tile, strict=True))
+        launcher.launch(
+            self.text, "convolve", self._groups * self._filter_blocks, spec.warps * LANES, self._shared,
+            (
+                x, weights, y, self._words, self._bounds, self._filter_of_slot,
+                epilogue.scale, epilogue.shift, epilogue.residual, int(epilogue.relu), self.images, layer.channels,
+                *layer.in_size, layer.filters, *layer.out_size, *tiles, self._chunks, self._filter_blocks,
+                self._weight_words, self._program_words,
+            ),
+        )  # fmt: skip
+        return y
+
+
+class Gradient:
+    """The gradient of the values on one device, ready to run."""
+
+    def __init__(self, layer: Layer, images: int, dtype: Dtype, device: torch.device) -> None:
+        self.layer, self.images = layer, images
+        limits = launcher.limits(device)
+        self.spec: GradientSpec = tiling.gradient_spec(layer, images, dtype, limits)
+        self.text = codegen.unit(self.spec)
+        made = layout.tasks(layer, self.spec)
+        self._tasks, self._pieces, self._piece_count = _on(made.words, device), _on(made.pieces, device), len(made.pieces)
+        patches = tiling.patch_count(images, self.spec.images, layer.out_size, self.spec.tile)
+        self._groups = -(-patches // LANES)
+        self._splits = tiling.splits(self._piece_count, self._groups, limits)
+
+    def run(self, x: Tensor, dy: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Return the gradient, of the given shape (kept_kernels, entries)."""
+        layer, spec, count = self.layer, self.spec, shape[0] * shape[1]
+        partial = torch.empty(self._splits * count, dtype=torch.float32, device=x.device)
+        dvalues = torch.empty(shape, dtype=x.dtype, device=x.device)
+        tiles = tuple(-(-size // tile) for size, tile in zip(layer.out_size, spec.tile, strict=True))
+        launcher.launch(
+            self.text, "gradient", self._piece_count * self._splits, spec.warps * LANES,
+            tiling.gradient_shared_bytes(spec),
+            (
+                x, dy, partial, self._tasks, self._pieces, self.images, layer.channels, *layer.in_size, layer.filters,
+                *layer.out_size, *tiles, self._groups, self._piece_count, self._splits, shape[0],
+            ),
+        )  # fmt: skip
+        arguments = (partial, dvalues, count, self._splits)
+        launcher.launch(self.text, "finish", -(-count // SIMPLE_THREADS), SIMPLE_THREADS, 0, arguments)
+        return dvalues
+
+
+class Runtime:
+    """The passes of a plan for one type on one device, each laid out on its first use."""
+
+    def __init__(self, plan: Plan, dtype: Dtype, device: torch.device) -> None:
+        self._layers = Layer.forward(plan), Layer.transposed(plan)
+        self._rest = plan.input_shape[0], dtype, device
+
+    @cached_property
+    def forward(self) -> Convolution:
+        """The forward pass."""
+        return Convolution(self._layers[0], *self._rest)
+
+    @cached_property
+    def grad_input(self) -> Convolution:
+        """The input gradient."""
+        return Convolution(self._layers[1], *self._rest)
+
+    @cached_property
+    def gradient(self) -> Gradient:
+        """The gradient of the values."""
+        return Gradient(self._layers[0], *self._rest)
+
+
+_runtimes: WeakKeyDictionary[Plan, dict[tuple[Dtype, torch.device], Runtime]] = WeakKeyDictionary()
+
+
+def _runtime(plan: Plan, operand: Tensor) -> Runtime:
+    _check_size(plan)
+    known = _runtimes.setdefault(plan, {})
+    key = (DTYPES[operand.dtype], operand.device)
+    if key not in known:
+        known[key] = Runtime(plan, *key)
+    return known[key]
+
+
+def forget() -> None:
+    """Lay out all passes anew on their next use."""
+    _runtimes.clear()
+
+
+def _on(array: NDArray[np.int32], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array).ravel()).to(device)
+
+
+DEVICE_TYPE: Literal["cuda", "cpu"] = "cuda"
+"""Where operands have to be; the tests run the kernels on the CPU."""
+
+
+def _operands(*operands: tuple[str, Tensor, tuple[int, ...]]) -> list[Tensor]:
+    """Return the operands, contiguous."""
+    for name, tensor, shape in operands:
+        if tensor.device.type != DEVICE_TYPE:
+            raise InvalidArgument(f"{name} is on {tensor.device}: the cuda backend computes on cuda tensors")
+        if tensor.dtype not in DTYPES:
+            names = ", ".join(map(str, DTYPES))
+            raise InvalidArgument(f"{name} is {tensor.dtype}: the cuda backend computes in {names}")
+        if tuple(tensor.shape) != shape:
+            raise InvalidArgument(f"{name} has shape {tuple(tensor.shape)}: the plan expects {shape}")
+    (name, first, _), (other, second, _) = operands
+    if first.dtype != second.dtype or first.device != second.device:
+        raise InvalidArgument(
+            f"{name} is {first.dtype} on {first.device}, {other} {second.dtype} on {second.device}: "
+            "expected one type and one device"
+        )
+    return [first.contiguous(), second.contiguous()]
+
+
+def _check_size(plan: Plan) -> None:
+    for name, shape in (("x", plan.input_shape), ("y", plan.output_shape)):
+        if math.prod(shape) > INDEX_LIMIT:
+            raise InvalidArgument(
+                f"{name} of shape {shape} has {math.prod(shape)} elements: the cuda backend addresses {INDEX_LIMIT}; "
+                "split the batch"
+            )
+
+
+def _check_epilogue(epilogue: Epilogue, x: Tensor, plan: Plan) -> None:
+    filters = (plan.output_shape[1],)
+    for name, tensor, shape, dtype in (
+        ("scale", epilogue.scale, filters, torch.float32),
+        ("shift", epilogue.shift, filters, torch.float32),
+        ("residual", epilogue.residual, plan.output_shape, x.dtype),
+    ):
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != x.device:
+            raise InvalidArgument(
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}: "
+                f"expected {dtype} {shape} on {x.device}"
+            )
+        if not tensor.is_contiguous():
+            raise InvalidArgument(f"{name} has strides {tensor.stride()}: expected a contiguous tensor")

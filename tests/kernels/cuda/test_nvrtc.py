@@ -1,0 +1,66 @@
+"""Every kind of CUDA unit compiles for Ampere and Hopper, within the registers it was designed for, without spilling."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from clicktrain.kernels.cpu.layer import Layer
+from clicktrain.kernels.cuda import codegen, tiling
+from clicktrain.patterns import full_pool, official_pool
+from tests.kernels.cases import Case
+from tests.kernels.cuda import nvrtc
+
+pytestmark = pytest.mark.skipif(not nvrtc.libraries(), reason="the wheel nvidia-cuda-nvrtc is not installed")
+
+GPUS = {"sm_80": tiling.Limits(163 << 10, 108), "sm_90": tiling.Limits(227 << 10, 132)}
+SQUARES, TWELVE = official_pool(4), official_pool(12)
+LAYERS = {
+    "64x32": Case(SQUARES, 64, 64, 128, (32, 32), (1, 1), (1, 1), 0.28, 1),
+    "512x2": Case(SQUARES, 512, 512, 128, (2, 2), (1, 1), (1, 1), 0.1, 1),
+    "128x56/2": Case(SQUARES, 128, 64, 64, (56, 56), (2, 2), (1, 1), 0.28, 1),
+    "256x14, twelve patterns": Case(TWELVE, 256, 256, 64, (14, 14), (1, 1), (1, 1), 0.28, 1),
+    "five by five": Case(full_pool(5), 64, 64, 64, (14, 14), (1, 1), (2, 2), 0.3, 1),
+    "pointwise": Case(full_pool(1), 256, 256, 64, (14, 14), (1, 1), (0, 0), 0.3, 1),
+}
+UNITS = [
+    ("64x32", "forward", "float32"), ("64x32", "forward", "bfloat16"), ("64x32", "gradient", "float32"),
+    ("64x32", "gradient", "float16"), ("512x2", "forward", "float16"), ("128x56/2", "forward", "float32"),
+    ("128x56/2", "grad_input", "float32"), ("128x56/2", "gradient", "bfloat16"),
+    ("256x14, twelve patterns", "grad_input", "float32"), ("256x14, twelve patterns", "gradient", "float32"),
+    ("five by five", "forward", "float32"), ("five by five", "gradient", "float32"),
+    ("pointwise", "forward", "float32"), ("pointwise", "gradient", "float32"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize(("name", "function", "dtype"), UNITS)
+def test_registers_and_no_spills(name, function, dtype, gpu):
+    case = LAYERS[name]
+    layer = Layer.transposed(case.plan()) if function == "grad_input" else Layer.forward(case.plan())
+    if function == "gradient":
+        spec = tiling.gradient_spec(layer, case.images, dtype, GPUS[gpu])
+        assert tiling.gradient_shared_bytes(spec) <= GPUS[gpu].shared_bytes
+    else:
+        spec = tiling.convolution_spec(layer, case.images, dtype, GPUS[gpu])
+    found = nvrtc.compile_for(codegen.unit(spec), gpu)
+    assert set(found) == ({"gradient", "finish"} if function == "gradient" else {"convolve", "arrange"})
+    for kernel, resources in found.items():
+        assert resources.spilled_bytes == resources.stack_bytes == 0, (kernel, resources)
+        # 16 warps of 128 registers fill a multiprocessor.
+        assert resources.registers <= (128 if kernel in ("convolve", "gradient") else 40), (kernel, resources)
+
+
+def test_old_gpus_get_copies_without_the_asynchronous_instruction():
+    layer = Layer.forward(LAYERS["64x32"].plan())
+    spec = tiling.convolution_spec(layer, 128, "bfloat16", tiling.Limits(64 << 10, 40))
+    assert set(nvrtc.compile_for(codegen.unit(spec), "sm_75")) == {"convolve", "arrange"}
+
+
+def test_the_limits_are_sharp():
+    """Twice the sums in a lane do not fit: the report that the other tests read would say so."""
+    layer = Layer.forward(LAYERS["64x32"].plan())
+    spec = tiling.cut(layer, "float32", (8, 16), 1, 1, 16)
+    found = nvrtc.compile_for(codegen.unit(replace(spec, channels=4)), "sm_80")
+    assert found["convolve"].spilled_bytes > 0
