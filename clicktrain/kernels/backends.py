@@ -77,9 +77,7 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("cpu", "clicktrain.kernels.cpu.backend", ("cpu",), (torch.float32,)),
-        Backend(
-            "cuda", "clicktrain.kernels.cuda.backend", ("cuda",), (torch.float32, torch.float16, torch.bfloat16)
-        ),
+        Backend("cuda", "clicktrain.kernels.cuda.backend", ("cuda",), (torch.float32, torch.float16, torch.bfloat16)),
         Backend("reference", "clicktrain.kernels.reference"),
     )
 }

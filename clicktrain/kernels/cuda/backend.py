@@ -138,7 +138,11 @@ class Gradient:
         self.spec: GradientSpec = tiling.gradient_spec(layer, images, dtype, limits)
         self.text = codegen.unit(self.spec)
         made = layout.tasks(layer, self.spec)
-        self._tasks, self._pieces, self._piece_count = _on(made.words, device), _on(made.pieces, device), len(made.pieces)
+        self._tasks, self._pieces, self._piece_count = (
+            _on(made.words, device),
+            _on(made.pieces, device),
+            len(made.pieces),
+        )
         patches = tiling.patch_count(images, self.spec.images, layer.out_size, self.spec.tile)
         self._groups = -(-patches // LANES)
         self._splits = tiling.splits(self._piece_count, self._groups, limits)

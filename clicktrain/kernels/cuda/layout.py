@@ -126,7 +126,7 @@ def _records(layer: Layer, spec: ConvolutionSpec, place: Integers) -> tuple[Inte
         served = np.full((int(complete.sum()), spec.slots), -1, np.int64)
         served[:, members] = numbers[complete][:, members]
         parts.append((groups[complete], np.full(len(served), number), served))
-        numbers[np.ix_(complete, members)] = -1
+        numbers[np.ix_(complete, np.array(members))] = -1
     keys, sets, served = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     rest, pattern = np.divmod(keys, len(layer.patterns))
     return rest // layer.channels, pattern * len(spec.sets) + sets, rest % layer.channels, served

@@ -194,7 +194,9 @@ def _gradient_patch(layer: Layer, images: int, pixels: int) -> tuple[Pair, int]:
 
     def floats(choice: tuple[Pair, int]) -> float:
         (rows, columns), per_patch = choice
-        window = ((rows - 1) * layer.stride[0] + layer.kernel_size) * ((columns - 1) * layer.stride[1] + layer.kernel_size)
+        window = ((rows - 1) * layer.stride[0] + layer.kernel_size) * (
+            (columns - 1) * layer.stride[1] + layer.kernel_size
+        )
         copied = per_patch * (window + 3 * rows * columns) + 8  # 8: what a patch costs anyway
         return ceil(patch_count(images, per_patch, layer.out_size, (rows, columns)) / LANES) * copied
 
@@ -225,4 +227,3 @@ def _with_operands(spec: GradientSpec, layer: Layer, limits: Limits) -> Gradient
     filters = max(1, min(layer.filters, (budget - channels * window) // patch))
     channels = max(1, min(layer.channels, (budget - filters * patch) // window))
     return replace(spec, channels=channels, filters=filters)
-

@@ -65,7 +65,9 @@ class Configuration:
     def used(self) -> Iterator[None]:
         """Let the backend cut everything up like this."""
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tiling, "convolution_spec", lambda layer, images, dtype, limits: self.convolution(layer, dtype))
+            patch.setattr(
+                tiling, "convolution_spec", lambda layer, images, dtype, limits: self.convolution(layer, dtype)
+            )
             patch.setattr(tiling, "gradient_spec", lambda layer, images, dtype, limits: self.gradient(layer, dtype))
             backend.forget()
             yield

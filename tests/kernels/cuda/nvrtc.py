@@ -71,7 +71,9 @@ def parse(log: str) -> dict[str, Resources]:
     kernels = {}
     for part in re.split(r"Compiling entry function '", log)[1:]:
         name = part.partition("'")[0]
-        stack, stores, loads = map(int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", part).groups())  # type: ignore[union-attr]
+        stack, stores, loads = map(
+            int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", part).groups()
+        )  # type: ignore[union-attr]
         registers = int(re.search(r"Used (\d+) registers", part)[1])  # type: ignore[index]
         kernels[name] = Resources(registers, stores + loads, stack)
     return kernels

@@ -1,4 +1,4 @@
-"""Every kind of CUDA unit compiles for Ampere and Hopper, within the registers it was designed for, without spilling."""
+"""Every kind of CUDA unit compiles for Ampere and Hopper, within its registers and without spilling."""
 
 from __future__ import annotations
 

@@ -30,6 +30,7 @@ def _compiled(units):
         layers = Layer.forward(made), Layer.transposed(made)
         texts += [codegen.unit(used.convolution(layer, dtype)) for layer in layers]
         texts.append(codegen.unit(used.gradient(layers[0], dtype)))
+    compiled(host_unit(texts[0]), units)  # with the header that all share
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda text: compiled(host_unit(text), units), texts))
 

@@ -11,7 +11,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <random>
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <unistd.h>
@@ -106,12 +105,12 @@ class Guarded {
 };
 
 // Run the waiting fibers of a block until all have finished.
-inline Result run_block(unsigned threads, Order order, std::mt19937& random) {
+inline Result run_block(unsigned threads, Order order, uint32_t& random) {
   std::vector<unsigned> sequence(threads);
   for (unsigned i = 0; i < threads; ++i) sequence[i] = order == Order::reverse ? threads - 1 - i : i;
   for (;;) {
     if (order == Order::random)
-      for (unsigned i = threads - 1; i; --i) std::swap(sequence[i], sequence[random() % (i + 1)]);
+      for (unsigned i = threads - 1; i; --i) std::swap(sequence[i], sequence[(random = random * 1664525u + 1013904223u) / 65536 % (i + 1)]);
     bool ran = false;
     for (unsigned thread : sequence) {
       if (fibers[thread].waits != Waits::no) continue;
@@ -176,7 +175,7 @@ inline int launch(void (*entry)(void**), unsigned blocks, unsigned threads, size
   shared_bytes = memory.data();
   body = entry, body_arguments = arguments;
   blockDim.x = threads, gridDim.x = blocks;
-  std::mt19937 random(seed);
+  uint32_t random = seed * 2654435761u + 1;
 
   volatile int result = int(Result::ok);
   if (int reason = sigsetjmp(escape, 1)) {
