@@ -50,6 +50,14 @@ def slow(session: nox.Session) -> None:
     session.run("pytest", "-m", "slow", *session.posargs)
 
 
+@nox.session(default=False)
+def gpu(session: nox.Session) -> None:
+    """Run the tests and the benchmark that need an NVIDIA GPU; fails where there is none."""
+    install(session, "dev", "cuda")
+    session.run("python", "-m", "bench.gpu", *session.posargs)
+    session.run("pytest", "-m", "gpu")
+
+
 def install(session: nox.Session, *extras: str) -> None:
     """Install the project in place with some of its extras, and first a torch that suits the machine."""
     index = torch_index()

@@ -1,0 +1,139 @@
+"""`python -m bench.gpu [--minutes M] [--out FILE]`: checks, kernel table and a training run, on this machine's GPU.
+
+Ends with a short table. Where there is no GPU it says so in one line and returns 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clicktrain import provenance
+from clicktrain.files import write_atomic
+from clicktrain.kernels.cuda import launch
+
+SANITIZED_CONVOLUTIONS = 6
+SHARES = {"checks": 0.2, "table": 0.5, "training": 0.3}
+"""Of the minutes."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns 0, 1 where a kernel or sanitizer complains, 2 where there is no GPU to use."""
+    options = _options(arguments)
+    if (reason := launch.available()) is not True:
+        print(f"not run on this hardware: {reason}")
+        return 2
+    from bench.gpu import checks, table
+
+    budget = {part: share * options.minutes * 60 for part, share in SHARES.items()}
+    checked = checks.check(options.convolutions, budget["checks"])
+    print(checked, flush=True)
+    if options.checks_only:
+        return 0
+    report: dict[str, Any] = {"schema": 1, "provenance": provenance.collect(), "checks": checked.as_dict()}
+    report["sanitizer"] = {} if options.no_sanitizer else {tool: sanitize(tool) for tool in ("memcheck", "racecheck")}
+    rows, left_out = table.measure_all(options.rounds, budget["table"], options.layers)
+    report["rows"], report["left_out"] = [asdict(row) for row in rows], left_out
+    report["summary"] = table.summary(rows)
+    report["training"] = [] if options.no_training else training(options, budget["training"])
+    if options.out is not None:
+        write_atomic(options.out, json.dumps(report, indent=1) + "\n")
+    print_report(report)
+    return int(any("ERROR SUMMARY: 0 errors" not in said and "not run" not in said and "0 hazards" not in said
+                   for said in report["sanitizer"].values()))  # fmt: skip
+
+
+def sanitize(tool: str) -> str:
+    """Run a few convolutions under a tool of compute-sanitizer; return its last line, or why it was not run."""
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        return "not run: compute-sanitizer is not on the PATH"
+    mine = [sys.executable, "-m", "bench.gpu", "--checks-only", "--convolutions", str(SANITIZED_CONVOLUTIONS)]
+    try:
+        done = subprocess.run([program, "--tool", tool, *mine], capture_output=True, text=True, timeout=120)
+    except subprocess.TimeoutExpired:
+        return "not run to its end: 120 s were over"
+    lines = (done.stdout + done.stderr).strip().splitlines()
+    return next((line for line in reversed(lines) if "SUMMARY" in line), "no summary: " + " ".join(lines[-1:]))
+
+
+def training(options: argparse.Namespace, seconds: float) -> list[dict[str, Any]]:
+    """Train pairs of seeds as long as the time allows, or take finished runs from the evidence file."""
+    from bench.gpu.training import METHODS, train
+
+    done = _finished(options.out) if options.resume else []
+    start = time.perf_counter()
+    for seed in range(options.seeds):
+        for method in METHODS:
+            if any((run["method"], run["seed"], run["epochs"]) == (method, seed, options.epochs) for run in done):
+                continue
+            if time.perf_counter() - start > seconds and not options.resume:
+                print(f"{method}, seed {seed}: not trained, the time was over")
+                continue
+            done.append(asdict(train(method, seed, options.epochs, options.data)))
+            print(done[-1], flush=True)
+            if options.resume and options.out is not None:
+                write_atomic(_runs_file(options.out), json.dumps(done))
+    return done
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """Print the short table that comes last."""
+    print(f"\n{report['provenance']['gpu']}\nsparse fp32 kernels, times faster (geometric means over layers)")
+    for name, means in report["summary"].items():
+        print(f"  {name:22}" + "  ".join(f"{rival} {value:.2f}x" for rival, value in means.items()))
+    for tool, said in report["sanitizer"].items():
+        print(f"  {tool}: {said}")
+    runs = report["training"]
+    for method in dict.fromkeys(run["method"] for run in runs):
+        mine = [run for run in runs if run["method"] == method]
+        steps = {stage: statistics.median(run["step_ms"][stage] for run in mine) for stage in mine[0]["step_ms"]}
+        accuracy = statistics.mean(run["accuracy"] for run in mine)
+        print(f"  VGG-13 {method} (n={len(mine)}): accuracy {accuracy:.4f}, " +
+              ", ".join(f"{stage} step {ms:.2f} ms" for stage, ms in steps.items()))  # fmt: skip
+    if report["left_out"]:
+        print(f"  {len(report['left_out'])} workloads were left out, the time was over")
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=8, help="time for everything (default %(default)s)")
+    parser.add_argument("--convolutions", type=int, default=600, help="random convolutions (default %(default)s)")
+    parser.add_argument("--checks-only", action="store_true", help="compare with the reference and stop")
+    parser.add_argument("--no-sanitizer", action="store_true", help="leave compute-sanitizer out")
+    parser.add_argument("--no-training", action="store_true", help="leave the training run out")
+    parser.add_argument("--rounds", type=int, default=15, help="samples of each contender (default %(default)s)")
+    parser.add_argument("--layers", type=int, metavar="N", help="only the first N workloads")
+    parser.add_argument("--epochs", type=int, default=19, help="of a training run; 190 is the official length")
+    parser.add_argument("--seeds", type=int, default=3, help="paired training runs (default %(default)s)")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the whole Fashion-MNIST")
+    parser.add_argument("--resume", action="store_true", help="train without a limit; keep finished runs beside --out")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write everything as JSON")
+    return parser.parse_args(arguments)
+
+
+def _runs_file(out: Path) -> Path:
+    return out.with_suffix(".runs.json")
+
+
+def _finished(out: Path | None) -> list[dict[str, Any]]:
+    if out is None or not _runs_file(out).exists():
+        return []
+    runs: list[dict[str, Any]] = json.loads(_runs_file(out).read_text())
+    return runs
+
+
+if __name__ == "__main__":
+    torch.backends.cuda.matmul.allow_tf32 = False  # cuBLAS computes in float32, cuDNN as each column says
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""What the sparse kernels are compared with: cuDNN in three precisions, cuBLAS, cuSPARSE, 2:4 sparsity.
+
+The products of matrices (cuBLAS, cuSPARSE, 2:4) get their im2col columns for nothing, and the product of the input
+gradient leaves col2im out: both favour the rivals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bench.suite.workloads import Workload
+from clicktrain import kernels
+from clicktrain.kernels.cuda import backend
+from clicktrain.timing import Contender
+
+aten = torch.ops.aten
+FUNCTIONS = ("forward", "grad_input", "grad_values")
+DENSE = ("cuDNN fp32", "cuDNN tf32", "cuDNN bf16")
+SPARSE = "sparse fp32"
+
+
+class Case:
+    """Operands of a workload on a device, and contenders for a function on them."""
+
+    def __init__(self, workload: Workload, device: str = "cuda") -> None:
+        self.workload, self.shape = workload, workload.shape
+        self.assignment = workload.assignment()
+        x, dy, weight = workload.operands()
+        self.x, self.dy = x.to(device), dy.to(device)
+        self.weight = (weight * self.assignment.mask()).to(device)
+        self.values = self.assignment.gather(self.weight.cpu()).contiguous().to(device)
+        self.plan = kernels.plan(self.assignment, None, workload.input_shape, self.shape.stride, self.shape.padding)
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of each function, kept weights only."""
+        return 2 * self.plan.macs
+
+    @property
+    def bytes(self) -> int:
+        """What each function must read and write at least, in float32."""
+        return 4 * (self.x.numel() + self.dy.numel() + self.values.numel())
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """The im2col matrix (C_in * k * k, N * H_out * W_out)."""
+        k, stride, padding = self.shape.kernel_size, self.shape.stride, self.shape.padding
+        return F.unfold(self.x, k, padding=padding, stride=stride).transpose(0, 1).flatten(1).contiguous()
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """The output gradient as a matrix (C_out, N * H_out * W_out)."""
+        return self.dy.transpose(0, 1).flatten(1).contiguous()
+
+    def contenders(self, function: str) -> dict[str, Contender]:
+        """Return all contenders of a function by name."""
+        return {
+            **{name: self._cudnn(function, name) for name in DENSE},
+            "cuBLAS im2col": self._matrices(function, self.weight.flatten(1)),
+            "cuSPARSE CSR": self._csr(function),
+            **self._two_of_four(function),
+            SPARSE: self.sparse(function, torch.float32),
+            "sparse bf16": self.sparse(function, torch.bfloat16),
+        }
+
+    def sparse(self, function: str, dtype: torch.dtype) -> Contender:
+        """Return the project's kernel, NCHW to NCHW."""
+        x, dy, values = self.x.to(dtype), self.dy.to(dtype), self.values.to(dtype)
+        run: dict[str, Callable[[], object]] = {
+            "forward": lambda: backend.forward(x, values, self.plan),
+            "grad_input": lambda: backend.grad_input(dy, values, self.plan),
+            "grad_values": lambda: backend.grad_values(x, dy, self.plan),
+        }
+        return Contender(run[function])
+
+    def _cudnn(self, function: str, name: str) -> Contender:
+        narrow = name.endswith("bf16")
+        dtype = torch.bfloat16 if narrow else torch.float32
+        layout = torch.channels_last if narrow else torch.contiguous_format
+        x, dy, w = (t.to(dtype).contiguous(memory_format=layout) for t in (self.x, self.dy, self.weight))
+        geometry = ([self.shape.stride] * 2, [self.shape.padding] * 2)
+        wanted = FUNCTIONS.index(function) - 1
+
+        def run() -> object:
+            with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=name.endswith("tf32")):
+                if wanted < 0:
+                    return F.conv2d(x, w, None, *geometry)
+                mask = [wanted == 0, wanted == 1, False]
+                return aten.convolution_backward(dy, x, w, None, *geometry, [1, 1], False, [0, 0], 1, mask)[wanted]
+
+        if function != "grad_values":
+            return Contender(run)
+        return Contender(run, lambda dw: self.assignment.gather(cast(Tensor, dw).contiguous().cpu()))
+
+    def _matrices(self, function: str, weight: Tensor) -> Contender:
+        columns, rows = self.columns, self.rows
+        if function == "forward":
+            return Contender(lambda: weight @ columns, self._as_images)
+        if function == "grad_input":
+            return Contender(lambda: weight.t() @ rows, self._folded)
+        return Contender(
+            lambda: rows @ columns.t(),
+            lambda dw: self.assignment.gather(cast(Tensor, dw).cpu().view(self.assignment.dense_shape)),
+        )
+
+    def _csr(self, function: str) -> Contender:
+        columns, rows, dense = self.columns, self.rows, self.weight.flatten(1)
+        if function == "forward":
+            csr = dense.to_sparse_csr()
+            return Contender(lambda: csr @ columns, self._as_images)
+        if function == "grad_input":
+            transposed = dense.t().contiguous().to_sparse_csr()
+            return Contender(lambda: transposed @ rows, self._folded)
+        csr = dense.to_sparse_csr()
+        return Contender(
+            lambda: torch.sparse.sampled_addmm(csr, rows, columns.t(), beta=0.0),
+            lambda dw: self.assignment.gather(cast(Tensor, dw).to_dense().cpu().view(self.assignment.dense_shape)),
+        )
+
+    def _two_of_four(self, function: str) -> dict[str, Contender]:
+        """Return the 2:4 product in bfloat16, forward only, where the shape and the GPU allow it."""
+        weight = self.weight.flatten(1)
+        if function != "forward" or weight.shape[1] % 64 or weight.shape[0] % 32 or self.columns.shape[1] % 8:
+            return {}
+        if not self.x.is_cuda or torch.cuda.get_device_capability() < (8, 0):
+            return {}
+        groups = weight.view(-1, 4)
+        keep = torch.zeros_like(groups).scatter_(1, groups.abs().topk(2, 1).indices, 1.0)
+        half = (groups * keep).view_as(weight).bfloat16()
+        compressed = torch.sparse.to_sparse_semi_structured(half)
+        columns = self.columns.bfloat16()
+        # Other weights than ours, at half of the dense work: a yardstick without a result to compare.
+        return {"2:4 bf16": Contender(lambda: torch.mm(compressed, columns), None)}
+
+    def _as_images(self, product: object) -> Tensor:
+        n, c, h, w = self.workload.output_shape
+        return cast(Tensor, product).view(c, n, h, w).transpose(0, 1)
+
+    def _folded(self, product: object) -> Tensor:
+        """Return the input gradient that a product leaves in columns; not timed."""
+        shape, (n, _, h, w) = self.shape, self.workload.output_shape
+        columns = cast(Tensor, product).view(-1, n, h * w).transpose(0, 1)
+        return F.fold(columns, shape.size, shape.kernel_size, padding=shape.padding, stride=shape.stride)

@@ -1,0 +1,102 @@
+"""The table of kernels: layers, compressions and functions, all contenders in the same rounds."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from bench.gpu.rivals import DENSE, FUNCTIONS, SPARSE, Case
+from bench.suite.workloads import RESNET18, RESNET50_POINTWISE, VGG13, Workload
+from clicktrain import timing
+
+COMPRESSIONS = (8.0, 4.5, 2.25, 12.0)
+"""The most important first, in case time runs out."""
+TOLERANCE = 2e-2  # bf16 contenders are in the same rounds; `checks` holds each type to its own
+
+
+@dataclass(frozen=True)
+class Row:
+    """One function of one workload.
+
+    Attributes
+    ----------
+    speedups : dict
+        Contender -> times that the sparse float32 kernel is faster, median over the rounds.
+    gflops, gigabytes_per_second : float
+        Rates of the sparse float32 kernel: of kept weights only, and of operands read or written once.
+    """
+
+    workload: str
+    function: str
+    compression: float
+    speedups: dict[str, float]
+    gflops: float
+    gigabytes_per_second: float
+    timings: list[dict[str, object]]
+
+    def __str__(self) -> str:
+        return f"{self.workload:42}{self.function:12}" + "".join(
+            f"{self.speedups.get(name, math.nan):13.2f}" for name in (*DENSE, "cuSPARSE CSR")
+        )
+
+
+def workloads() -> list[Workload]:
+    """Return the layers at every compression, by importance."""
+    layers = [(s, 128) for s in VGG13] + [(s, 64) for s in (*RESNET18, *RESNET50_POINTWISE)]
+    return [Workload(shape, batch, compression) for compression in COMPRESSIONS for shape, batch in layers]
+
+
+@torch.inference_mode()
+def measure(workload: Workload, rounds: int) -> list[Row]:
+    """Check and time the three functions of a workload."""
+    case, rows = Case(workload), []
+    for function in FUNCTIONS:
+        contenders = case.contenders(function)
+        truth = contenders["cuDNN fp32"]
+        assert truth.result is not None
+        reference = cast(Tensor, truth.result(truth.run()))
+        times = timing.compare(
+            contenders, reference, tolerance=TOLERANCE, warmup_seconds=0.02, rounds=rounds, device="cuda"
+        )
+        seconds = times[SPARSE].median_ms / 1e3
+        rows.append(
+            Row(
+                workload.name, function, workload.compression,
+                {name: times.speedup(name, SPARSE) for name in contenders if name != SPARSE},
+                case.flops / seconds / 1e9, case.bytes / seconds / 1e9,
+                [timed.as_dict() for timed in times.timings.values()],
+            )
+        )  # fmt: skip
+    return rows
+
+
+def measure_all(rounds: int, seconds: float, limit: int | None = None) -> tuple[list[Row], list[str]]:
+    """Measure as many workloads as the time allows; return the rows, and the names of those left out."""
+    start, rows, left_out = time.perf_counter(), [], []
+    for workload in workloads()[:limit]:
+        if time.perf_counter() - start > seconds:
+            left_out.append(workload.name)
+            continue
+        rows += measure(workload, rounds)
+        print(*rows[-len(FUNCTIONS) :], sep="\n", flush=True)
+        torch.cuda.empty_cache()
+    return rows, left_out
+
+
+def summary(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Return by "function compression" the geometric means over the layers, and the best layer against float32."""
+    found: dict[str, dict[str, float]] = {}
+    for key in dict.fromkeys((row.function, row.compression) for row in rows):
+        these = [row for row in rows if (row.function, row.compression) == key]
+        names = [name for name in these[0].speedups if all(name in row.speedups for row in these)]
+        means = {n: math.exp(sum(math.log(row.speedups[n]) for row in these) / len(these)) for n in names}
+        means["best layer, cuDNN fp32"] = max(row.speedups["cuDNN fp32"] for row in these)
+        means["worst layer, cuSPARSE CSR"] = min(row.speedups["cuSPARSE CSR"] for row in these)
+        found[f"{key[0]} {key[1]:g}x"] = means
+    return found

@@ -1,0 +1,130 @@
+"""`bench.gpu` without a GPU: what it says, and that its contenders, checks and training do what they claim."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import clicktrain
+from bench.gpu import __main__ as gpu
+from bench.gpu import checks, table
+from bench.gpu.rivals import DENSE, FUNCTIONS, SPARSE, Case
+from bench.gpu.training import METHODS, MaskedDense, train
+from bench.suite.workloads import LayerShape, Workload
+from clicktrain.kernels import backends, reference
+from clicktrain.kernels.cuda import backend, launch
+from clicktrain.timing import WrongResult, relative_error
+from tests.kernels.cuda.configurations import CONFIGURATIONS
+from tests.kernels.cuda.host import HostLauncher, on_host
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.skipif(launch.available() is True, reason="this machine has a GPU")
+def test_says_so_where_there_is_no_gpu():
+    command = [sys.executable, "-m", "bench.gpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout.startswith("not run on this hardware: ")
+    assert done.stdout.count("\n") == 1
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_every_contender_computes_the_same(function, tmp_path_factory):
+    workload = Workload(LayerShape("test", "4-6x6", 4, 6, (6, 6)), batch=2, compression=3.0)
+    with on_host(HostLauncher(tmp_path_factory.mktemp("units"))), CONFIGURATIONS["squares"].used():
+        case = Case(workload, "cpu")
+        contenders = case.contenders(function)
+        assert {*DENSE, "cuBLAS im2col", "cuSPARSE CSR", SPARSE, "sparse bf16"} == set(contenders)
+        results = {name: contender.result(contender.run()) for name, contender in contenders.items()}
+    exact = [t.double() for t in (case.x, case.values, case.dy)]
+    truth = {
+        "forward": lambda: reference.forward(exact[0], exact[1], case.plan),
+        "grad_input": lambda: reference.grad_input(exact[2], exact[1], case.plan),
+        "grad_values": lambda: reference.grad_values(exact[0], exact[2], case.plan),
+    }[function]()
+    for name, result in results.items():
+        assert result.shape == truth.shape, name
+        assert relative_error(result, truth) < (1.6e-2 if name.endswith("bf16") else 1e-5), name
+
+
+def test_the_checks_compare_and_complain(monkeypatch):
+    for name in FUNCTIONS:
+        monkeypatch.setattr(backend, name, getattr(reference, name))
+    monkeypatch.setattr(checks, "SIZES", (1, 4, 5))
+    done = checks.check(12, 60.0, device="cpu")
+    assert done.cases == 36
+    assert "36 random cases right" in str(done)
+    monkeypatch.setattr(backend, "grad_values", lambda x, dy, made: reference.grad_values(x, dy, made) * 1.1)
+    with pytest.raises(WrongResult, match=r"grad_values in torch.float\d+ is wrong"):
+        checks.check(12, 60.0, device="cpu")
+
+
+def test_masked_dense_training_equals_sparse_training():
+    images, labels = torch.randn(6, 16, 3, 8, 8), torch.randint(0, 5, (6, 16))
+    models = {}
+    for method_class in (clicktrain.ClickTrain, MaskedDense):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3, padding=1), torch.nn.ReLU(),
+            torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 5),
+        )  # fmt: skip
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+        method = method_class(target_compression=2.5, epochs=4, select_at=1, prune_at=2, backend="reference")
+        loader = list(zip(images, labels, strict=True))
+        method.setup(model, optimizer, images[0])
+        for epoch in range(4):
+            method.on_epoch(epoch, loader)
+            for x, y in loader:
+                loss = torch.nn.functional.cross_entropy(model(x), y) + method.penalty()
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                method.after_step()
+        models[method_class] = (method.finish(), method.masks())
+    (sparse, masks), (masked, same_masks) = models.values()
+    assert all(torch.equal(mask, same_masks[name]) for name, mask in masks.items())
+    for name, mask in masks.items():
+        dense = masked.get_submodule(name).weight.detach()
+        assert not dense[~mask].any()
+        torch.testing.assert_close(sparse.get_submodule(name).dense_weight(), dense, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_training_run_reports_each_stage(method):
+    done = train(method, 0, 4, None, device="cpu", train_limit=256, width=0.125)
+    assert set(done.step_ms) == set(done.seconds) == {"dense", "regularized", "sparse"}
+    assert 0.05 < done.accuracy < 1
+    assert all(ms > 0 for ms in done.step_ms.values())
+
+
+def test_the_summary_is_geometric_means_over_layers():
+    rows = [
+        table.Row(f"layer {s}", "forward", 8.0, {"cuDNN fp32": s, "cuSPARSE CSR": 2 * s}, 1.0, 1.0, [])
+        for s in (2.0, 8.0)
+    ]
+    found = table.summary(rows)["forward 8x"]
+    assert found["cuDNN fp32"] == pytest.approx(4.0)
+    assert found["best layer, cuDNN fp32"] == 8.0
+    assert found["worst layer, cuSPARSE CSR"] == 4.0
+
+
+def test_the_table_has_every_layer_and_compression():
+    names = [workload.name for workload in table.workloads()]
+    assert len(names) == len(set(names)) == 4 * (8 + 7 + 4)
+    assert {workload.compression for workload in table.workloads()} == {2.25, 4.5, 8.0, 12.0}
+
+
+def test_the_sanitizer_says_when_it_was_not_run(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert gpu.sanitize("memcheck") == "not run: compute-sanitizer is not on the PATH"
+
+
+def test_the_backend_is_listed_for_cuda_tensors_only():
+    assert backends.BACKENDS["cuda"].supports(torch.zeros(1, device="meta")) is not True
