@@ -56,7 +56,7 @@ class ClickTrain(Method):
 
     Parameters
     ----------
-    target_compression, target_flops, ratios, pool, patterns, entries, rank_by
+    target_compression, target_flops, ratios, pool, patterns, entries, rank_by, share_filters
         The budget (exactly one of the first three) and the patterns, see `clicktrain.selection.Sparsity`.
     epochs : int
         Length of the run.
@@ -102,6 +102,7 @@ class ClickTrain(Method):
         patterns: int = 4,
         entries: int = 4,
         rank_by: Ranking = "pattern",
+        share_filters: int = 1,
         preset: str = "paper",
         select_at: int | None = None,
         prune_at: int | None = None,
@@ -132,7 +133,9 @@ class ClickTrain(Method):
             default.prune_at if prune_at is None else prune_at,
             epochs,
         )
-        self.sparsity = Sparsity(target_compression, target_flops, ratios, pool, patterns, entries, rank_by)
+        self.sparsity = Sparsity(
+            target_compression, target_flops, ratios, pool, patterns, entries, rank_by, share_filters
+        )
         self.shrinkage = chosen.shrinkage if shrinkage is None else shrinkage
         self.penalty_strength = penalty_strength
         self.score: Score = score

@@ -103,7 +103,9 @@ class Assignment:
         return content.hexdigest()
 
 
-def assign(scores: Tensor, pool: PatternPool, kept_kernels: int, rank_by: Ranking = "kernel") -> Assignment:
+def assign(
+    scores: Tensor, pool: PatternPool, kept_kernels: int, rank_by: Ranking = "kernel", share_filters: int = 1
+) -> Assignment:
     """Give every kernel its best pattern and keep the most important kernels of the layer.
 
     Each kernel takes the pattern that retains most of its score. Then exactly `kept_kernels` kernels stay:
@@ -120,6 +122,9 @@ def assign(scores: Tensor, pool: PatternPool, kept_kernels: int, rank_by: Rankin
         Kernels that stay, from C_out to C_out * C_in.
     rank_by : {"kernel", "pattern"}
         Rank kernels by the score of the whole kernel (the released code) or of what their pattern retains.
+    share_filters : int
+        Blocks of so many neighbouring filters keep the same kernels with the same patterns, chosen by importance
+        summed over the block; it divides C_out. Of `kept_kernels`, what does not make a whole block is removed.
 
     Returns
     -------
@@ -135,13 +140,16 @@ def assign(scores: Tensor, pool: PatternPool, kept_kernels: int, rank_by: Rankin
         raise InvalidArgument(
             f"kept_kernels={kept_kernels}: expected {filters} (one in each filter) to {filters * channels}"
         )
-    flat = scores.flatten(2).double()
+    if share_filters < 1 or filters % share_filters:
+        raise InvalidArgument(f"share_filters={share_filters}: expected a divisor of the {filters} filters")
+    flat = scores.double().reshape(filters // share_filters, share_filters, channels, -1).sum(1)
     if not bool(torch.isfinite(flat).all()):
         raise InvalidArgument("scores: expected finite importance scores, found NaN or infinity")
     retained, best = pattern_scores(flat, pool)
     kernel_scores = flat.sum(2) if rank_by == "kernel" else retained
-    keep = _best_kernels(kernel_scores, kept_kernels)
-    return Assignment(torch.where(keep, best, PRUNED).to(torch.uint8), pool)
+    keep = _best_kernels(kernel_scores, kept_kernels // share_filters)
+    shared = torch.where(keep, best, PRUNED).to(torch.uint8)
+    return Assignment(shared.repeat_interleave(share_filters, 0), pool)
 
 
 def pattern_scores(flat_scores: Tensor, pool: PatternPool) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,8 @@ class Sparsity:
         Weights that each pattern of a chosen pool keeps.
     rank_by : {"kernel", "pattern"}
         See `clicktrain.assignment.assign`.
+    share_filters : int
+        Filters of a block that keep the same kernels and patterns; see there.
 
     Raises
     ------
@@ -54,6 +56,7 @@ class Sparsity:
     patterns: int = 4
     entries: int = 4
     rank_by: Ranking = "pattern"
+    share_filters: int = 1
 
     def __post_init__(self) -> None:
         budgets = {name: getattr(self, name) for name in ("target_compression", "target_flops", "ratios")}
@@ -69,6 +72,8 @@ class Sparsity:
             raise InvalidArgument(f"pool={self.pool!r}: expected a PatternPool or {', '.join(get_args(PoolChoice))}")
         if self.pool == "official":
             official_pool(self.patterns)
+        if self.share_filters < 1:
+            raise InvalidArgument(f"share_filters={self.share_filters}: expected at least 1")
         if self.rank_by not in get_args(Ranking):
             raise InvalidArgument(f"rank_by={self.rank_by!r}: expected {' or '.join(get_args(Ranking))}")
 
@@ -145,8 +150,9 @@ def select(scores: Mapping[str, Tensor], costs: Sequence[LayerCost], sparsity: S
     kept = kept_kernels(sizes, retained, costs, sparsity)
     chosen = {}
     for name, score in scores.items():
-        patterns = assign(score, pools[name], sizes[name].kernels)
-        chosen[name] = LayerSelection(patterns, assign(score, pools[name], kept[name], sparsity.rank_by))
+        share = sparsity.share_filters
+        patterns = assign(score, pools[name], sizes[name].kernels, share_filters=share)
+        chosen[name] = LayerSelection(patterns, assign(score, pools[name], kept[name], sparsity.rank_by, share))
     return chosen
 
 

@@ -119,3 +119,19 @@ def test_pattern_scores_of_a_hand_made_kernel():
     flat = torch.tensor([[0.0, 0, 0, 0, 5, 1, 0, 2, 3]])
     retained, best = pattern_scores(flat, official_pool(4))
     assert (retained.tolist(), best.tolist()) == ([11.0], [0])
+
+
+@pytest.mark.parametrize("share", [2, 4, 8])
+def test_blocks_of_filters_share_patterns_and_connectivity(share):
+    scores, pool = torch.rand(8, 6, 3, 3), official_pool(4)
+    shared = assign(scores, pool, 27, share_filters=share)
+    blocks = shared.index.view(8 // share, share, 6)
+    assert torch.equal(blocks, blocks[:, :1].expand_as(blocks))
+    assert shared.kept_kernels == 27 // share * share
+    summed = assign(scores.view(8 // share, share, 6, 3, 3).sum(1), pool, 27 // share)
+    assert torch.equal(blocks[:, 0], summed.index)
+
+
+def test_a_block_must_divide_the_filters():
+    with pytest.raises(InvalidArgument, match="share_filters=3: expected a divisor of the 8 filters"):
+        assign(torch.rand(8, 6, 3, 3), official_pool(4), 24, share_filters=3)

@@ -152,6 +152,7 @@ def _backward(ctx, dy):  # type: ignore[no-untyped-def]
 
 torch.library.register_autograd(_NAME, _backward, setup_context=_setup_context)
 torch.library.register_autocast(_NAME, "cpu", torch.float32)
+torch.library.register_autocast(_NAME, "cuda", torch.float32)
 
 Key = tuple[int, PatternPool, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 _plans: MutableMapping[Tensor, dict[Key, Plan]] = WeakIdKeyDictionary()  # assignment tensor -> {Key: Plan}

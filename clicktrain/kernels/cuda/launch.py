@@ -52,7 +52,7 @@ class CupyLauncher:
         device = next(a.device for a in arguments if isinstance(a, Tensor))
         index = device.index if device.index is not None else torch.cuda.current_device()
         stream = torch.cuda.current_stream(device).cuda_stream
-        with cupy.cuda.Device(index), cupy.cuda.ExternalStream(stream, index):
+        with cupy.cuda.Device(index), _stream(stream, index):
             function = _function(text, kernel, index, shared)
             function((blocks,), (threads,), tuple(map(_argument, arguments)), shared_mem=shared)
 
@@ -92,6 +92,26 @@ def _limits(index: int) -> Limits:
 
     attributes = cupy.cuda.Device(index).attributes
     return Limits(int(attributes["MaxSharedMemoryPerBlockOptin"]), int(attributes["MultiProcessorCount"]))
+
+
+class _TorchStream:
+    """A stream of torch by address, as CuPy 14 takes it (the CUDA stream protocol)."""
+
+    def __init__(self, address: int) -> None:
+        self._address = address
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return (0, self._address)
+
+
+@cache
+def _stream(address: int, index: int) -> Any:
+    """Return CuPy's view of a stream of torch."""
+    import cupy
+
+    if hasattr(cupy.cuda.Stream, "from_external"):
+        return cupy.cuda.Stream.from_external(_TorchStream(address))
+    return cupy.cuda.ExternalStream(address, index)
 
 
 @cache
