@@ -8,15 +8,15 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from baselines.finetuning import finetune_phase
 from clicktrain.assignment import Assignment, Ranking
 from clicktrain.conversion import convert
-from clicktrain.errors import ClickTrainError, InvalidArgument
+from clicktrain.errors import ClickTrainError
 from clicktrain.flops import Densities, layer_costs
 from clicktrain.importance import measure
 from clicktrain.kernels.backends import check_name
 from clicktrain.method import Method, Phase
 from clicktrain.patterns import PatternPool
-from clicktrain.schedule import LRSchedule
 from clicktrain.selection import PoolChoice, Sparsity, check_budget, prunable_layers, select
 
 
@@ -65,12 +65,7 @@ class TrainPruneFinetune(Method):
         backend: str = "auto",
     ) -> None:
         self.epochs = epochs
-        self.finetune_epochs = max(1, round(epochs / 4)) if finetune_epochs is None else finetune_epochs
-        if self.finetune_epochs < 1:
-            raise InvalidArgument(f"finetune_epochs={finetune_epochs}: expected at least 1")
-        if not finetune_lr > 0:
-            raise InvalidArgument(f"finetune_lr={finetune_lr}: expected a rate above 0")
-        self.finetune_lr = finetune_lr
+        self.finetune = finetune_phase(epochs, finetune_epochs, finetune_lr)
         self.sparsity = Sparsity(target_compression, target_flops, ratios, pool, patterns, entries, rank_by)
         self.backend = check_name(backend)
         self.assignments: dict[str, Assignment] = {}
@@ -78,11 +73,7 @@ class TrainPruneFinetune(Method):
     @property
     def phases(self) -> Sequence[Phase]:
         """Dense training at the run's own settings, then fine-tuning."""
-        constant = LRSchedule("constant")
-        return [
-            Phase("dense", self.epochs),
-            Phase("finetune", self.finetune_epochs, lr=self.finetune_lr, schedule=constant),
-        ]
+        return [Phase("dense", self.epochs), self.finetune]
 
     @property
     def dense_epochs(self) -> int:
@@ -105,15 +96,23 @@ class TrainPruneFinetune(Method):
     def begin_phase(self, index: int, optimizer: Optimizer) -> None:
         """Prune, as the fine-tuning begins."""
         super().begin_phase(index, optimizer)
-        weights = {name: conv.weight for name, conv in self._convs.items()}
-        scores = measure(self.model, weights, score="magnitude")
-        selection = select(scores, self._costs, self.sparsity)
-        self._prune({name: layer.kept for name, layer in selection.items()})
+        self.prune(self.choose())
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The weights that will be pruned, by layer name; empty after the prune."""
+        return {name: conv.weight for name, conv in self._convs.items()}
+
+    def choose(self) -> dict[str, Assignment]:
+        """Choose what to keep, by the magnitude of the present weights."""
+        scores = measure(self.model, self.weights, score="magnitude")
+        return {name: layer.kept for name, layer in select(scores, self._costs, self.sparsity).items()}
 
     def finish(self) -> nn.Module:
         """Return the pruned model."""
         if not self.assignments:
-            raise ClickTrainError(f"finish() before the prune after epoch {self.epochs}: train on")
+            epochs = sum(phase.epochs for phase in self.phases[:-1])
+            raise ClickTrainError(f"finish() before the prune after epoch {epochs}: train on")
         return self.model
 
     def masks(self) -> dict[str, Tensor]:
@@ -136,9 +135,9 @@ class TrainPruneFinetune(Method):
         if state:
             device = next(self.model.parameters()).device
             pools = {name: PatternPool.from_masks(packed["pool"].numpy()) for name, packed in state.items()}
-            self._prune({name: Assignment(state[name]["index"].to(device), pools[name]) for name in state})
+            self.prune({name: Assignment(state[name]["index"].to(device), pools[name]) for name in state})
 
-    def _prune(self, assignments: dict[str, Assignment]) -> None:
+    def prune(self, assignments: dict[str, Assignment]) -> None:
         """Convert the layers; from here on only kept weights exist."""
         convert(self.model, assignments, self.optimizer, self.backend)
         self._convs, self.assignments = {}, assignments
