@@ -85,24 +85,19 @@ def test_a_study_runs_is_found_done_and_becomes_evidence(
     records = [json.loads(path.read_text()) for path in (tmp_path / "evidence").rglob("provenance.json")]
     assert [record["concurrency"]["declared"] for record in records] == [0, 0]
 
-
-def test_sharing_epochs_changes_no_number(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    file, results = write_preset(tmp_path / "toy.toml", TOY), tmp_path / "results"
-    dense, clicktrain = preset.load(file).runs()
-    runs = StudyDirectory(results / "toy")
-    donor, begun = (runs.run(spec.config.config_id(), 0) for spec in (dense, clicktrain))
-    call("run", file, "--results", results)
-    assert json.loads(begun.provenance.read_text())["began_from"]["config_id"] == dense.config.config_id()
+    study = StudyDirectory(results / "toy")
+    donor, begun = (study.run(spec.config.config_id(), 0) for spec in preset.load(file).runs())
+    assert [
+        record["began_from"] and record["began_from"]["epochs"] for record in (donor.read_record(), begun.read_record())
+    ] == [None, 1]
     shared = fingerprint(begun.path)
-
     shutil.rmtree(begun.path)
     shutil.rmtree(donor.shared)
-    capfd.readouterr()
     call("run", file, "--results", results, "--only", "ClickTrain")
     kept_nothing = "it kept none of its first 1 epochs: train it with --keep-epoch 1; trains from the start"
     assert kept_nothing in capfd.readouterr().out
-    assert json.loads(begun.provenance.read_text())["began_from"] is None
-    assert fingerprint(begun.path) == shared
+    assert begun.read_record()["began_from"] is None
+    assert fingerprint(begun.path) == shared, "sharing epochs changed a number"
 
 
 def test_status_of_a_study_that_was_never_run_lists_its_runs(
