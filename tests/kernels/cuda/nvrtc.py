@@ -51,8 +51,7 @@ def compile_for(text: str, architecture: str) -> dict[str, Resources]:
     """Compile a unit to machine code; return what each kernel uses."""
     nvrtc, program = _nvrtc(), ctypes.c_void_p()
     assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"unit.cu", 0, None, None) == 0
-    options = [*OPTIONS, f"--gpu-architecture={architecture}", "--ptxas-options=-v", "--warning-as-error=all-warnings"]
-    options = [option for option in options if "warning" not in option]
+    options = [*OPTIONS, f"--gpu-architecture={architecture}", "--ptxas-options=-v"]
     words = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
     result = nvrtc.nvrtcCompileProgram(program, len(options), words)
     size = ctypes.c_size_t()
@@ -62,7 +61,7 @@ def compile_for(text: str, architecture: str) -> dict[str, Resources]:
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
     said = log.value.decode()
     assert result == 0, said
-    assert "warning" not in said.replace("-Wno", ""), said
+    assert "warning" not in said, said
     return parse(said)
 
 
