@@ -139,5 +139,6 @@ class TrainPruneFinetune(Method):
 
     def prune(self, assignments: dict[str, Assignment]) -> None:
         """Convert the layers; from here on only kept weights exist."""
+        self.prepare_kernels(assignments, self.backend).wait()
         convert(self.model, assignments, self.optimizer, self.backend)
         self._convs, self.assignments = {}, assignments

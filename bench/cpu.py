@@ -1,13 +1,13 @@
 """The CPU backend against the best dense layout of torch: `python -m bench.cpu [--quick] [--out FILE]`.
 
-Three parts: every function of every layer of the goals, blocked and NCHW to NCHW, with its share of the machine's
-peak; the goals, as geometric means; a whole training step of VGG-13. All that is compared is timed in the same rounds.
+Two parts: every function of every layer of the goals, blocked and NCHW to NCHW, with its share of the machine's
+peak; and the goals, as geometric means. All that is compared is timed in the same rounds. Whole training steps are
+the matter of `python -m bench.training`.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
 import sys
@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-import clicktrain
-from bench.suite.workloads import GOALS, STEP_GOAL, VGG13_RATIOS, Goal, Workload
-from clicktrain import kernels, models, provenance, timing
+from bench.suite.workloads import GOALS, Goal, Workload
+from clicktrain import kernels, provenance, timing
 from clicktrain.files import write_atomic
 from clicktrain.kernels.cpu import backend
 
@@ -182,51 +181,6 @@ def check_goals(goals: Sequence[Goal], rounds: int, limit: int | None) -> tuple[
     return list(rows.values()), verdicts
 
 
-def training_step(rounds: int, batch: int, compiled: bool) -> tuple[timing.Comparison, Verdict]:
-    """Time a training step of VGG-13, sparse at 9x, and dense in each way that torch has."""
-    torch.manual_seed(0)
-    dense = models.create("vgg13", 10)
-    x, y = torch.randn(batch, 3, 32, 32), torch.randint(0, 10, (batch,))
-    steps = {
-        name: Step(copy.deepcopy(dense).to(memory_format=layout), x.contiguous(memory_format=layout), y)  # type: ignore[call-overload]
-        for name, layout in DENSE.items()
-    }
-    if compiled:
-        steps["compiled"] = Step(copy.deepcopy(dense), x, y, compiled=True)
-    convs = [(name, m) for name, m in dense.named_modules() if isinstance(m, nn.Conv2d)][1:]
-    pairs = zip(convs, VGG13_RATIOS, strict=True)
-    clicktrain.convert(dense, {name: without_kernels(conv, percent) for (name, conv), percent in pairs})
-    contenders = {**steps, "sparse": Step(dense, x, y)}
-    times = timing.compare(contenders, None, warmup_seconds=1, rounds=rounds)
-    best = times.best(*steps)
-    for timed in times.timings.values():
-        print(f"{timed.name:{SHAPE_WIDTH}}{timed.median_ms:9.1f} ms  (p20 {timed.p20_ms:.1f}, p80 {timed.p80_ms:.1f})")
-    return times, Verdict(f"VGG-13 step, batch {batch}, against {best}", times.speedup(best, "sparse"), STEP_GOAL)
-
-
-class Step:
-    """A training step as users take it: forward, loss, backward, SGD with momentum and weight decay."""
-
-    def __init__(self, model: nn.Module, x: Tensor, y: Tensor, compiled: bool = False) -> None:
-        self._x, self._y = x, y
-        self._optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
-        self._forward = torch.compile(model) if compiled else model
-
-    def __call__(self) -> None:
-        """Do one step."""
-        F.cross_entropy(self._forward(self._x), self._y).backward()  # type: ignore[no-untyped-call]
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-
-
-def without_kernels(conv: nn.Conv2d, percent: int) -> clicktrain.Assignment:
-    """Return random patterns of the official pool, and a percentage of the kernels removed at random."""
-    kernels = conv.out_channels * conv.in_channels
-    index = torch.randint(0, 4, (kernels,), dtype=torch.uint8)
-    index[torch.randperm(kernels)[: math.ceil(kernels * percent / 100)]] = clicktrain.PRUNED
-    return clicktrain.Assignment(index.view(conv.out_channels, conv.in_channels), clicktrain.official_pool(4))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns 0, or 2 where the CPU backend is not available."""
     parser = argparse.ArgumentParser(prog="python -m bench.cpu", description=__doc__)
@@ -235,8 +189,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--rounds", type=int, default=15, help="samples of each contender (default %(default)s)")
     parser.add_argument("--goals", default="", metavar="TEXT", help="only goals whose name contains this")
-    parser.add_argument("--no-step", action="store_true", help="leave out the training step")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out of the training step")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write everything as JSON")
     options = parser.parse_args(arguments)
     if (reason := backend.available()) is not True:
@@ -251,11 +203,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     goals = [goal for goal in GOALS if options.goals in goal.name]
     rows, verdicts = check_goals(goals, rounds, 1 if options.quick else None)
-    print()
-    step = None
-    if not options.no_step:
-        step, verdict = training_step(rounds, 8 if options.quick else 64, not (options.quick or options.no_compile))
-        verdicts.append(verdict)
     print("", *verdicts, sep="\n")
     if options.out is not None:
         report = {
@@ -265,7 +212,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "ceilings": asdict(ceilings),
             "threads": asdict(timing.Threads.now()),
             "rows": [asdict(row) for row in rows],
-            "step": None if step is None else [timed.as_dict() for timed in step.timings.values()],
             "goals": [asdict(verdict) for verdict in verdicts],
         }
         write_atomic(options.out, json.dumps(report, indent=1) + "\n")

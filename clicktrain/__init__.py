@@ -18,6 +18,7 @@ from clicktrain.kernels.ops import pattern_conv2d
 from clicktrain.layers import PatternConv2d
 from clicktrain.method import Method, Phase
 from clicktrain.patterns import PRUNED, Pattern, PatternPool, all_patterns, official_pool
+from clicktrain.preparation import prepare, tune
 from clicktrain.schedule import LRSchedule, Stages
 from clicktrain.selection import Sparsity
 
@@ -40,7 +41,9 @@ __all__ = [
     "convert",
     "official_pool",
     "pattern_conv2d",
+    "prepare",
     "to_dense",
+    "tune",
 ]
 
 _SUBPACKAGES = ("data", "kernels", "models")

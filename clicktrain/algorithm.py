@@ -16,6 +16,7 @@ from clicktrain.conversion import convert
 from clicktrain.errors import ClickTrainError, InvalidArgument
 from clicktrain.flops import FLOPS_PER_MAC, Densities, layer_costs
 from clicktrain.importance import Score, measure
+from clicktrain.kernels import Preparation
 from clicktrain.kernels.backends import check_name
 from clicktrain.method import Batches, Method, Phase
 from clicktrain.mixup import mixup
@@ -152,6 +153,7 @@ class ClickTrain(Method):
         self._epoch = -1
         self._batch = 0
         self._extra_flops = 0
+        self._preparation: Preparation | None = None
 
     @classmethod
     def official(cls, address: str, **options: Any) -> Self:
@@ -291,6 +293,8 @@ class ClickTrain(Method):
         per_image = 3 * FLOPS_PER_MAC * sum(cost.macs for cost in self._costs)
         for x, y in batches:
             self._extra_flops += per_image * len(x)
+            if not self.batch_sizes:  # no trainer said, and later batches will hardly be larger
+                self.batch_sizes = (len(x),)
             yield x, y
 
     def _strength(self, steps_per_epoch: int) -> float:
@@ -305,9 +309,12 @@ class ClickTrain(Method):
     def _take(self, selection: dict[str, LayerSelection]) -> None:
         self.selection = selection
         self._groups = [PrunedGroups.of(layer.patterns, layer.kept) for layer in selection.values()]
+        self._preparation = self.prepare_kernels({n: layer.kept for n, layer in selection.items()}, self.backend)
 
     def _prune(self) -> None:
         """Convert the layers; from here on only kept weights exist."""
+        if self._preparation is not None:
+            self._preparation.wait()
         convert(self.model, {n: layer.kept for n, layer in self.selection.items()}, self.optimizer, self.backend)
         self._densities = {name: (layer.kept.density,) * 3 for name, layer in self.selection.items()}
         self._convs, self._groups, self._pruned = {}, [], True

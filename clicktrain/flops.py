@@ -110,7 +110,23 @@ def layer_costs(model: nn.Module, input_shape: Sequence[int]) -> list[LayerCost]
         if isinstance(module, _UNCOUNTED):
             raise InvalidArgument(f"model: layer {name} is a {type(module).__name__}, expected 2-d convolutions only")
     layers: dict[str, LayerCost] = {}
-    handles = [module.register_forward_hook(partial(_record, layers, name)) for name, module in named.items()]
+    dry_run(model, input_shape, {name: partial(_record, layers, name) for name in named})
+    return _mark_first(layers.values())
+
+
+def dry_run(model: nn.Module, input_shape: Sequence[int], hooks: Mapping[str, Callable[..., None]]) -> None:
+    """Run a model once, on one image of zeros, in evaluation mode and without gradient; its state stays as it was.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Its pattern convolutions run on the reference backend, which has nothing to compile.
+    input_shape : (int, int, int)
+        Channels, height and width of the image.
+    hooks : mapping
+        Module name -> forward hook (module, inputs, output) for this run.
+    """
+    handles = [model.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
     parameter = next(model.parameters())
     try:
         with torch.no_grad(), _evaluating(model):
@@ -118,7 +134,6 @@ def layer_costs(model: nn.Module, input_shape: Sequence[int]) -> list[LayerCost]
     finally:
         for handle in handles:
             handle.remove()
-    return _mark_first(layers.values())
 
 
 def _record(layers: dict[str, LayerCost], name: str, module: nn.Module, _inputs: object, output: Tensor) -> None:
@@ -165,14 +180,19 @@ def _mark_first(layers: Iterable[LayerCost]) -> list[LayerCost]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode and give every module its own mode back afterwards."""
+    """Put a model into evaluation mode, on the reference backend; every module gets its own mode back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
+    patterns = [(module, module.backend) for module in model.modules() if isinstance(module, PatternConv2d)]
     model.eval()
+    for layer, _ in patterns:
+        layer.backend = "reference"
     try:
         yield
     finally:
         for module, mode in modes:
             module.training = mode
+        for layer, backend in patterns:
+            layer.backend = backend
 
 
 def pruned(layers: Iterable[LayerCost], kept: Mapping[str, int]) -> list[LayerCost]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from clicktrain.assignment import Assignment
 from clicktrain.flops import Densities
+from clicktrain.kernels import Preparation
+from clicktrain.preparation import prepare
 from clicktrain.schedule import LRSchedule
 
 if TYPE_CHECKING:
@@ -72,11 +75,16 @@ class Method:
     lr_at : callable or None
         Learning rate at an epoch position (epoch + batch / batches); a trainer that schedules the rate sets
         it, so that a method can look ahead. None means that the optimizer's present rate will stay.
+    batch_sizes, eval_batch_sizes : sequence of int
+        Sizes of the batches to come, in training and in evaluation, as far as they are known: for `prepare_kernels`. A
+        trainer sets them before `setup`.
     """
 
     name: str = "method"
     seed: int = 0
     lr_at: Callable[[float], float] | None = None
+    batch_sizes: Sequence[int] = ()
+    eval_batch_sizes: Sequence[int] = ()
     model: nn.Module
     optimizer: Optimizer
 
@@ -128,6 +136,7 @@ class Method:
             Any input that the model accepts.
         """
         self.model, self.optimizer = model, optimizer
+        self._image_shape = tuple(example_input.shape[1:])
 
     def begin_phase(self, index: int, optimizer: Optimizer) -> None:
         """Take the optimizer of a later phase; called before its first epoch."""
@@ -175,6 +184,15 @@ class Method:
     def state_dict(self) -> dict[str, Any]:
         """Return all state beside model and optimizer, as tensors and plain Python values."""
         return {}
+
+    def prepare_kernels(self, assignments: Mapping[str, Assignment], backend: str = "auto") -> Preparation:
+        """Start to compile, in the background, what the model will need once it is pruned so.
+
+        Call it as soon as the assignments are known, and `wait` for what it returns where the model is converted.
+        """
+        training = [(images, *self._image_shape) for images in self.batch_sizes]
+        evaluation = [(images, *self._image_shape) for images in self.eval_batch_sizes]
+        return prepare(self.model, training, evaluation, assignments=assignments, backend=backend, background=True)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict()`, called after `setup` on a fresh model and optimizer.

@@ -26,7 +26,7 @@ LAYERS = (
     {"kernels", "timing"},  # timing calibrates itself with a compute kernel, autotuning needs timing
     {"assignment", "blocked", "budget", "importance"},
     {"layers", "pool", "regularizer"},
-    {"conversion", "deploy", "flops"},
+    {"conversion", "deploy", "flops", "preparation"},
     {"official", "selection"},
     {"algorithm", "method"},
     {"config", "planning", "presets", "training"},

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clicktrain.blocked.operators import Affine, blocked, handles
 from clicktrain.blocked.tensor import BlockedTensor
@@ -102,6 +102,16 @@ def _dense_backward(
 
 def _is_pattern_kind(weight: Tensor, dilation: Sequence[int], transposed: bool, groups: int) -> bool:
     return not transposed and groups == 1 and set(dilation) == {1} and weight.shape[2] == weight.shape[3]
+
+
+def dense_plan(conv: nn.Conv2d, input_shape: tuple[int, ...]) -> Plan | None:
+    """Return the plan by which a dense convolution computes on blocked activations, or None if it cannot."""
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return None
+    if not _is_pattern_kind(conv.weight, conv.dilation, conv.transposed, conv.groups):
+        return None
+    shape: tuple[int, int, int, int] = tuple(conv.weight.shape)  # type: ignore[assignment]
+    return _dense_plan(shape, input_shape, conv.stride, conv.padding)
 
 
 @lru_cache(maxsize=256)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from clicktrain.kernels.cpu import backend
-from clicktrain.kernels.cpu.codegen import LANES
+from clicktrain.kernels.cpu.runtime import fills_lanes
 
 
 class Deferred(Protocol):
@@ -216,6 +216,6 @@ def suits(x: Tensor) -> bool:
         return False
     if x.ndim != 4 or x.dtype != torch.float32 or x.device.type != "cpu" or x.numel() == 0:
         return False
-    if 4 * len(x) < 3 * LANES * -(-len(x) // LANES) or not _extension_available():
+    if not fills_lanes(len(x)) or not _extension_available():
         return False
     return not (torch.is_autocast_enabled("cpu") or torch._C._are_functorch_transforms_active())

@@ -19,7 +19,13 @@ logger = logging.getLogger(__name__)
 
 
 class Kernels(Protocol):
-    """What a backend's module provides: three functions with one contract."""
+    """What a backend's module provides: three functions with one contract.
+
+    A module may also have `available()`, where not every machine can use it; `preparations(plan, functions)`, a
+    list of calls to be made, in any thread, before the first use of some of the three functions; and, where it can
+    compute a plan in several ways that give different bits or speeds, `choices()`, `use_choices(choices)` and
+    `tune(plan)`. See `clicktrain.kernels.prepare`, `choices`, `use_choices` and `tune`.
+    """
 
     def forward(self, x: Tensor, values: Tensor, plan: Plan) -> Tensor:
         """Return y (N, C_out, H_out, W_out)."""

@@ -3,7 +3,9 @@
 An entry's name holds the SHA-256 of everything that it depends on: sources, headers, flags, the compiler's
 version and the package's. Beside each library lies its digest, verified before it is loaded; a damaged entry is
 built again. Writes are atomic and builds hold a lock on a node-local file, so that processes neither collide nor
-wait for a lock on a network drive. Nothing is compiled or written when this module is imported.
+wait for a lock on a network drive. Any number of threads may ask for libraries: as many compilers run at once as
+there are cores, and those that still run when the process ends are stopped. Nothing is compiled or written when this
+module is imported.
 
 Environment: CLICKTRAIN_CACHE_DIR moves the cache, CLICKTRAIN_DISABLE_JIT=1 forbids compiling, CXX names the
 compiler (GCC).
@@ -11,26 +13,31 @@ compiler (GCC).
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import fcntl
 import hashlib
 import os
 import shlex
 import shutil
+import signal
 import stat
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TypeVar
 
 from clicktrain.errors import BackendUnavailable
 from clicktrain.files import sha256_file, write_atomic
 from clicktrain.kernels.sources import DIRECTORY, FLAGS, LINK_FLAGS, headers
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -65,26 +72,37 @@ def load(library: Library) -> ctypes.CDLL:
     ------
     BackendUnavailable
         If it has to be compiled and there is no compiler, compiling is disabled or fails, or the cache
-        directory cannot be trusted.
+        directory cannot be trusted, written to or executed from.
     """
-    return ctypes.CDLL(str(ensure(library)))
+    path = ensure(library)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BackendUnavailable(f"{path} cannot be loaded: {error}") from error
 
 
 def ensure_all(libraries: Iterable[Library]) -> list[Path]:
     """Return the paths of several libraries, compiling what is missing in parallel."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(ensure, libraries))
+    return in_parallel([partial(ensure, library) for library in libraries])
 
 
 def ensure(library: Library) -> Path:
     """Return the path of a sound compiled copy; raises as `load`."""
     directory = cache_directory()
     path = directory / f"{library.name}-{library.key()[:32]}.so"
-    if not _sound(path):
-        with _lock(path):
-            if not _sound(path):
-                _build(library, path)
+    try:
+        if not _sound(path):
+            with _lock(path):
+                if not _sound(path):
+                    _build(library, path)
+    except OSError as error:  # a full disk, no memory for another process
+        raise BackendUnavailable(f"{library.name} cannot be compiled into {directory}: {error}") from error
     return path
+
+
+def be_nice() -> None:
+    """Let the compilers that this thread starts from now on give way to everything else on the machine."""
+    _thread.nice = ("nice", "-n", "10") if shutil.which("nice") else ()
 
 
 def cache_directory() -> Path:
@@ -163,9 +181,9 @@ def _lock(path: Path) -> Iterator[None]:
 def _build(library: Library, path: Path) -> None:
     if os.environ.get("CLICKTRAIN_DISABLE_JIT", "0") not in ("", "0"):
         raise BackendUnavailable(f"{library.name} is not compiled and CLICKTRAIN_DISABLE_JIT forbids compiling it")
+    nice = getattr(_thread, "nice", ())
     with tempfile.TemporaryDirectory(prefix="clicktrain-") as work:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(lambda source: _compile(library, Path(work), *source), library.sources))
+        objects = in_parallel([partial(_compile, library, Path(work), *source, nice) for source in library.sources])
         result = Path(work) / path.name
         _run([*compiler(), *LINK_FLAGS, "-o", str(result), *map(str, objects)])
         data = result.read_bytes()
@@ -173,14 +191,70 @@ def _build(library: Library, path: Path) -> None:
     write_atomic(path.with_suffix(".sha256"), hashlib.sha256(data).hexdigest())
 
 
-def _compile(library: Library, work: Path, name: str, text: str) -> Path:
+def _compile(library: Library, work: Path, name: str, text: str, nice: tuple[str, ...]) -> Path:
     source, target = work / name, (work / name).with_suffix(".o")
     source.write_text(text)
-    _run([*compiler(), *library.flags, f"-I{DIRECTORY}", "-c", "-o", str(target), str(source)])
+    _run([*nice, *compiler(), *library.flags, f"-I{DIRECTORY}", "-c", "-o", str(target), str(source)])
     return target
 
 
+_thread = threading.local()
+_slots = threading.BoundedSemaphore(len(os.sched_getaffinity(0)))
+_running: set[subprocess.Popen[str]] = set()
+_ending = threading.Event()
+
+
 def _run(command: list[str]) -> None:
-    run = subprocess.run(command, capture_output=True, text=True)
-    if run.returncode:
-        raise BackendUnavailable(f"compiling failed: {shlex.join(command)}\n{run.stderr.strip()[-2000:]}")
+    """Run a compiler, when a core is free for it."""
+    with _slots:
+        if _ending.is_set():
+            raise BackendUnavailable("compiling was given up: the process ends")
+        # A session of its own, so that the compiler can be stopped together with the processes that it starts.
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        _running.add(process)
+        try:
+            _, messages = process.communicate()
+        finally:
+            _running.discard(process)
+            _stop(process)  # after an interrupt by the user
+    if process.returncode:
+        raise BackendUnavailable(f"compiling failed: {shlex.join(command)}\n{messages.strip()[-2000:]}")
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    if process.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@atexit.register
+def _stop_all() -> None:
+    _ending.set()
+    for process in list(_running):
+        _stop(process)
+
+
+def in_parallel(calls: Sequence[Callable[[], T]]) -> list[T]:
+    """Return what several functions return, each in a thread of its own that does not keep the process alive.
+
+    The first error is raised, after all have ended.
+    """
+    results: dict[int, T] = {}
+    errors: list[BaseException] = []
+
+    def run(number: int, call: Callable[[], T]) -> None:
+        try:
+            results[number] = call()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=pair, daemon=True) for pair in enumerate(calls)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return [results[number] for number in range(len(threads))]

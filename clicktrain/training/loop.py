@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from clicktrain import kernels
 from clicktrain.data import Loader, Split
 from clicktrain.errors import DivergedError, InvalidArgument
 from clicktrain.flops import layer_costs
@@ -79,13 +80,19 @@ class Trainer:
         self.meter = CostMeter(self.layers)
         self._stepper = Stepper(session, self.meter)
         self.method.seed, self.method.lr_at = session.seed, self.timeline.lr
+        self.method.batch_sizes = _sizes(self._loaders)
+        self.method.eval_batch_sizes = _sizes(session.eval_loader(split) for split in session.eval_splits)
         model = use_channels_last(session.model) if channels_last else session.model
         optimizer = build_optimizer(model, session.config.train, self.timeline.phases[phase])
         self.method.setup(model, optimizer, session.example_input())
 
     @classmethod
     def from_state(cls, session: Session, state: dict[str, Any]) -> Trainer:
-        """Go on from a `state_dict`: structure first (the method's), then weights, then the optimizer."""
+        """Go on from a `state_dict`: structure first (the method's), then weights, then the optimizer.
+
+        What the run chose among ways to compute that differ in the last bits holds from now on, for this process.
+        """
+        kernels.use_choices(state.get("kernels", {}))
         trainer = cls(session, channels_last=state["channels_last"], phase=state["position"]["phase"])
         trainer.method.load_state_dict(state["method"])
         trainer._restore(state)
@@ -133,6 +140,7 @@ class Trainer:
             "meter": self.meter.state_dict(),
             "scaler": self._stepper.scaler.state_dict(),
             "rng": torch_state(),
+            "kernels": kernels.choices(),
         }
 
     @property
@@ -240,3 +248,12 @@ class Trainer:
             "density": self.meter.density(method.densities()),
             **method.log(),
         }
+
+
+def _sizes(loaders: Iterable[Loader]) -> list[int]:
+    """Return the sizes of batches that loaders give."""
+    sizes: set[int] = set()
+    for loader in loaders:
+        images = len(loader.split)
+        sizes |= {min(images, loader.batch_size), images % loader.batch_size} - {0}
+    return sorted(sizes)

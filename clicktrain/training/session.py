@@ -71,7 +71,16 @@ class Session:
 
     def eval_batches(self, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over a split once, in order and without augmentation."""
-        return iter(self._loader(split, _EVAL_BATCH, train=False))
+        return iter(self.eval_loader(split))
+
+    def eval_loader(self, split: Split) -> Loader:
+        """Return the batches of `eval_batches`."""
+        return self._loader(split, _EVAL_BATCH, train=False)
+
+    @property
+    def eval_splits(self) -> list[Split]:
+        """Return the splits that are evaluated."""
+        return [split for split in (self.validation, self.test) if split is not None]
 
     def _loader(self, split: Split, batch_size: int, *, train: bool, augment: str = "none") -> Loader:
         return Loader(

@@ -67,21 +67,10 @@ def test_a_goal_is_the_geometric_mean_of_its_layers(monkeypatch: pytest.MonkeyPa
     assert str(verdicts[1]).endswith("MISSED")
 
 
-def test_the_training_step_compares_with_the_best_dense_one(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    create = cpu.models.create
-    monkeypatch.setattr(cpu.models, "create", lambda name, classes: create(name, classes, width=0.125))
-    times, verdict = cpu.training_step(rounds=1, batch=8, compiled=False)
-    assert set(times.timings) == {*cpu.DENSE, "sparse"}
-    assert verdict.reached == times.speedup(times.best(*cpu.DENSE), "sparse")
-    assert "sparse" in capsys.readouterr().out
-
-
 def test_the_command_stores_everything_with_provenance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "GOALS", (Goal("tiny", "forward", "blocked", (SMALL,), (8,), 4.5, 1.0),))
     out = tmp_path / "cpu.json"
-    assert cpu.main(["--quick", "--no-step", "--out", str(out)]) == 0
+    assert cpu.main(["--quick", "--out", str(out)]) == 0
     report = json.loads(out.read_text())
     assert [goal["name"] for goal in report["goals"]] == ["tiny"]
     assert report["rows"][0]["function"] == "forward"

@@ -20,12 +20,13 @@ from clicktrain.kernels.cpu import memory
 from clicktrain.kernels.cpu.codegen import LANES
 from clicktrain.kernels.cpu.library import Lanes, available, function
 from clicktrain.kernels.cpu.passes import Prepared
-from clicktrain.kernels.cpu.runtime import Packing, runtime_of, whole_images
+from clicktrain.kernels.cpu.runtime import Packing, preparations, runtime_of, tune, use_choices, whole_images
+from clicktrain.kernels.cpu.tuning import export_choices as choices
 from clicktrain.kernels.plan import Plan
 
 __all__ = [
-    "LANES", "available", "forward", "forward_blocked", "grad_input", "grad_input_blocked", "grad_values",
-    "grad_values_blocked", "pack", "unpack",
+    "LANES", "available", "choices", "forward", "forward_blocked", "grad_input", "grad_input_blocked", "grad_values",
+    "grad_values_blocked", "pack", "preparations", "tune", "unpack", "use_choices",
 ]  # fmt: skip
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
+from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 from clicktrain.kernels.cpu.codegen import LANES
 from clicktrain.kernels.cpu.layer import Layer, Pair
 from clicktrain.kernels.cpu.library import Lanes
 from clicktrain.kernels.cpu.passes import Choice, Prepared, prepare, prepare_gradient
-from clicktrain.kernels.cpu.tuning import choice_for, tune_pass
+from clicktrain.kernels.cpu.tuning import choice_for, import_choices, tune_pass
 from clicktrain.kernels.plan import Plan
 
 GRIDS: tuple[Pair, ...] = ((1, 1), (4, 2), (2, 4), (8, 1), (1, 8))
@@ -68,6 +70,31 @@ def _strips(images: int, channels: int, size: Pair, strip: Pair, grid: Pair, sta
     )  # fmt: skip
 
 
+T = TypeVar("T")
+
+
+class _Lazy(Generic[T]):
+    """A property that is computed on first use and kept.
+
+    Without a lock, other than Python 3.11's `cached_property`: that one would let threads lay out one pass at a time.
+    Two that lay out the same pass at once get equal ones.
+    """
+
+    def __init__(self, compute: Callable[[Runtime], T]) -> None:
+        self._compute, self._name = compute, compute.__name__
+        self.__doc__ = compute.__doc__
+
+    def __get__(self, runtime: Runtime, owner: type | None = None) -> T:
+        made = self._compute(runtime)
+        runtime.__dict__[self._name] = made  # found there first from now on
+        return made
+
+
+def fills_lanes(images: int) -> bool:
+    """Tell whether images fill at least three quarters of the lanes: fewer run faster as strips of images."""
+    return 4 * images >= 3 * LANES * -(-images // LANES)
+
+
 class Runtime:
     """The passes of a plan.
 
@@ -80,52 +107,57 @@ class Runtime:
         self._images = plan.input_shape[0]
         self.blocks = -(-self._images // LANES)
 
-    @cached_property
+    @_Lazy
     def forward_packing(self) -> Packing:
         """Lanes of x and y."""
         return Packing.of(self.layers["forward"], self._images)
 
-    @cached_property
+    @_Lazy
     def grad_input_packing(self) -> Packing:
         """Lanes of dy and dx."""
         return Packing.of(self.layers["grad_input"], self._images)
 
-    @cached_property
+    @_Lazy
     def forward(self) -> Prepared:
-        """The forward pass."""
+        """Lay out the forward pass."""
         return _chosen(self.layers["forward"], self.blocks)
 
-    @cached_property
+    @_Lazy
     def grad_input(self) -> Prepared:
-        """The input gradient."""
+        """Lay out the input gradient."""
         return _chosen(self.layers["grad_input"], self.blocks)
 
-    @cached_property
+    @_Lazy
     def gradient(self) -> Prepared:
-        """The gradient of the values."""
+        """Lay out the gradient of the values."""
         return prepare_gradient(self.layers["forward"], self.blocks)
 
-    @cached_property
+    @_Lazy
     def forward_strips(self) -> Prepared:
-        """The forward pass on `forward_packing`."""
+        """Lay out the forward pass on `forward_packing`."""
         packing = self.forward_packing
         if packing.layer is self.layers["forward"]:
             return self.forward
         return _chosen(packing.layer, packing.blocks)
 
-    @cached_property
+    @_Lazy
     def grad_input_strips(self) -> Prepared:
-        """The input gradient on `grad_input_packing`."""
+        """Lay out the input gradient on `grad_input_packing`."""
         packing = self.grad_input_packing
         if packing.layer is self.layers["grad_input"]:
             return self.grad_input
         return _chosen(packing.layer, packing.blocks)
 
-    @cached_property
+    @_Lazy
     def gradient_strips(self) -> Prepared:
-        """The gradient of the values on `forward_packing`."""
+        """Lay out the gradient of the values on `forward_packing`."""
         packing = self.forward_packing
         return prepare_gradient(packing.layer, packing.blocks)
+
+    def pass_of(self, function: str) -> str:
+        """Return which pass a network will use: that on blocked activations, if the images fill the lanes."""
+        name = {"grad_values": "gradient"}.get(function, function)
+        return name if fills_lanes(self._images) else f"{name}_strips"
 
 
 def _chosen(layer: Layer, blocks: int) -> Prepared:
@@ -143,6 +175,14 @@ def runtime_of(plan: Plan) -> Runtime:
     return runtime
 
 
+def preparations(plan: Plan, functions: Collection[str]) -> list[Callable[[], object]]:
+    """Return what has to be done before the first use of a plan: each call compiles and lays out one pass."""
+    if not plan.input_shape[0] or not plan.values_shape[0]:
+        return []  # nothing will be computed
+    runtime = runtime_of(plan)
+    return [partial(getattr, runtime, runtime.pass_of(function)) for function in functions]
+
+
 def tune(plan: Plan) -> dict[str, Choice]:
     """Measure how the passes of a plan on blocked activations are best cut up, and use that from now on.
 
@@ -157,6 +197,12 @@ def tune(plan: Plan) -> dict[str, Choice]:
     choices = {name: tune_pass(layer, runtime.blocks) for name, layer in runtime.layers.items()}
     forget()
     return choices
+
+
+def use_choices(choices: Mapping[str, Mapping[str, Any]]) -> None:
+    """Cut up passes as `tuning.export_choices` says; raises InvalidArgument as `tuning.import_choices`."""
+    import_choices(choices)
+    forget()
 
 
 def forget() -> None:

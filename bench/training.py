@@ -1,0 +1,271 @@
+"""Sparse training on the CPU against dense training: `python -m bench.training [--quick] [--out FILE]`.
+
+Two parts, both on VGG-13 at the official 9.0x. The losses of the first steps, with the CPU backend and with the masked
+reference, from equal weights and on equal batches. The time of a step: dense in each way that torch has, and sparse,
+in the same rounds.
+
+The sparse step keeps the memory of its activations; torch hands memory back to the system, and pays for every page
+anew. To tell one from the other, the steps are timed twice, in two processes: as torch is, and with a C library
+told to keep what it has (`--memory` times one of them only).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import ctypes
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import clicktrain
+from bench.suite.workloads import STEP_GOAL, VGG13_RATIOS
+from clicktrain import models, provenance, timing
+from clicktrain.errors import ClickTrainError
+from clicktrain.files import write_atomic
+from clicktrain.kernels.cpu import backend
+
+DENSE = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+"""Memory formats of the dense contenders."""
+LOSS_STEPS, LOSS_TOLERANCE = 20, 1e-4
+"""Steps whose losses are compared, and by how much they may differ, relative to the reference."""
+CLASSES, LEARNING_RATE = 10, 0.01
+NAME_WIDTH = 44
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained.
+
+    Attributes
+    ----------
+    width : float
+        Multiplier of VGG-13's channels.
+    batch : int
+        Images in a step.
+    """
+
+    width: float = 1.0
+    batch: int = 64
+
+    def model(self) -> tuple[nn.Module, dict[str, clicktrain.Assignment]]:
+        """Return the dense network, always of the same weights, and how it is pruned."""
+        torch.manual_seed(0)
+        model = models.create("vgg13", CLASSES, width=self.width)
+        convs = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Conv2d)][1:]
+        pairs = zip(convs, VGG13_RATIOS, strict=True)
+        return model, {name: without_kernels(conv, percent) for (name, conv), percent in pairs}
+
+    def sparse(self, backend: str) -> nn.Module:
+        """Return the pruned network, on a backend."""
+        model, assignments = self.model()
+        clicktrain.convert(model, assignments, backend=backend)
+        clicktrain.prepare(model, [(self.batch, 3, 32, 32)], backend=backend)
+        return model
+
+    def images(self, seed: int) -> tuple[Tensor, Tensor]:
+        """Return a batch: noise, brighter or darker by class."""
+        random = torch.Generator().manual_seed(seed)
+        y = torch.randint(0, CLASSES, (self.batch,), generator=random)
+        x = torch.randn(self.batch, 3, 32, 32, generator=random)
+        return x + (y.view(-1, 1, 1, 1) - CLASSES / 2) / CLASSES, y
+
+
+def without_kernels(conv: nn.Conv2d, percent: int) -> clicktrain.Assignment:
+    """Return random patterns of the official pool, and a percentage of the kernels removed at random."""
+    kernels = conv.out_channels * conv.in_channels
+    index = torch.randint(0, 4, (kernels,), dtype=torch.uint8)
+    index[torch.randperm(kernels)[: math.ceil(kernels * percent / 100)]] = clicktrain.PRUNED
+    return clicktrain.Assignment(index.view(conv.out_channels, conv.in_channels), clicktrain.official_pool(4))
+
+
+class Step:
+    """A training step as users take it: forward, loss, backward, SGD with momentum and weight decay."""
+
+    def __init__(self, model: nn.Module, compiled: bool = False) -> None:
+        self._optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=5e-4)
+        self._forward = torch.compile(model) if compiled else model
+
+    def __call__(self, x: Tensor, y: Tensor) -> float:
+        """Do one step; returns its loss."""
+        loss = F.cross_entropy(self._forward(x), y)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return loss.item()
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Losses of the same steps with two backends.
+
+    Attributes
+    ----------
+    cpu, reference : tuple of float
+        By step.
+    """
+
+    cpu: tuple[float, ...]
+    reference: tuple[float, ...]
+
+    @property
+    def difference(self) -> float:
+        """Largest difference, relative to the reference."""
+        return max(abs(c - r) / abs(r) for c, r in zip(self.cpu, self.reference, strict=True))
+
+    def __str__(self) -> str:
+        ends = f"loss {self.reference[0]:.4f} to {self.reference[-1]:.4f} in {len(self.cpu)} steps"
+        mark = "reached" if self.difference <= LOSS_TOLERANCE else "MISSED"
+        return f"{ends + ', difference':{NAME_WIDTH}}{self.difference:8.1e}  goal {LOSS_TOLERANCE:.0e}  {mark}"
+
+
+def losses(setting: Setting, steps: int = LOSS_STEPS) -> Losses:
+    """Train with the CPU backend and with the masked reference, from equal weights and on equal batches."""
+    curves = {}
+    for name in ("cpu", "reference"):
+        step = Step(setting.sparse(name))
+        curves[name] = tuple(step(*setting.images(seed)) for seed in range(steps))
+    return Losses(**curves)
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Times of a step, and whether the sparse one is as much faster than the best dense one as it should be."""
+
+    name: str
+    dense: str
+    reached: float
+    at_least: float
+    timings: list[dict[str, object]]
+
+    def __str__(self) -> str:
+        lines = [f"{t['name']:{NAME_WIDTH}}{t['median_ms']:8.1f} ms  (p20 {t['p20_ms']:.1f}, p80 {t['p80_ms']:.1f})"
+                 for t in self.timings]  # fmt: skip
+        mark = "reached" if self.reached >= self.at_least else "MISSED"
+        return "\n".join([*lines, f"{self.name:{NAME_WIDTH}}{self.reached:7.2f}x  goal {self.at_least:.1f}x  {mark}"])
+
+
+def step_times(setting: Setting, memory: str, rounds: int, compiled: bool) -> StepTimes:
+    """Time a training step, dense in each way that torch has, and sparse.
+
+    Parameters
+    ----------
+    setting : Setting
+        The network and the batch.
+    memory : {"torch", "kept"}
+        What the process does with freed memory: for the name only.
+    rounds : int
+        Samples of each contender.
+    compiled : bool
+        Whether torch.compile takes part.
+    """
+    dense, _ = setting.model()
+    x, y = setting.images(0)
+    steps = {}
+    for name, layout in DENSE.items():
+        model = copy.deepcopy(dense).to(memory_format=layout)  # type: ignore[call-overload]
+        steps[name] = _bound(Step(model), x.contiguous(memory_format=layout), y)
+    if compiled:
+        steps["compiled"] = _bound(Step(copy.deepcopy(dense), compiled=True), x, y)
+    contenders = {**steps, "sparse": _bound(Step(setting.sparse("cpu")), x, y)}
+    times = timing.compare(contenders, None, warmup_seconds=1, rounds=rounds)
+    best = times.best(*steps)
+    return StepTimes(
+        f"VGG-13 step, batch {setting.batch}, memory: {memory}", best, times.speedup(best, "sparse"), STEP_GOAL,
+        [timed.as_dict() for timed in times.timings.values()],
+    )  # fmt: skip
+
+
+def _bound(step: Step, x: Tensor, y: Tensor) -> timing.Contender:
+    return timing.Contender(lambda: step(x, y))
+
+
+def keep_memory() -> None:
+    """Make the C library keep all memory that this process frees, instead of handing it back to the system.
+
+    Raises
+    ------
+    ClickTrainError
+        If it is not glibc.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or not (mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)):
+        raise ClickTrainError("memory=kept: needs glibc's mallopt")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns 0, or 2 where the CPU backend is not available."""
+    options = _parse(arguments)
+    if (reason := backend.available()) is not True:
+        print(f"error: the CPU backend is not available: {reason}", file=sys.stderr)
+        return 2
+    if options.memory == "kept":
+        keep_memory()
+    setting = Setting(0.25, 16) if options.quick else Setting(options.width, options.batch)
+    report: dict[str, Any] = {
+        "schema": 1,
+        "quick": options.quick,
+        "setting": asdict(setting),
+        "provenance": provenance.collect(),
+        "threads": asdict(timing.Threads.now()),
+    }
+    if not options.no_losses:
+        compared = losses(setting)
+        print(compared, flush=True)
+        report["losses"] = {**asdict(compared), "difference": compared.difference, "at_most": LOSS_TOLERANCE}
+    if not options.no_times:
+        first = "kept" if options.memory == "kept" else "torch"
+        times = step_times(
+            setting, first, 2 if options.quick else options.rounds, not (options.quick or options.no_compile)
+        )
+        print(times, flush=True)
+        report["times"] = {first: asdict(times)}
+        if options.memory == "both":
+            report["times"] |= _times_with_kept_memory(arguments)
+    if options.out is not None:
+        write_atomic(options.out, json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.training", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a quarter of the width, batch 16: proves that it runs")
+    parser.add_argument("--width", type=float, default=1.0, help="multiplier of the channels (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=64, help="images in a step (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, help="samples of each contender (default %(default)s)")
+    parser.add_argument("--no-losses", action="store_true", help="only time steps")
+    parser.add_argument("--no-times", action="store_true", help="only compare losses")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument(
+        "--memory", choices=("torch", "kept", "both"), default="both", help="what happens to freed memory: see above"
+    )
+    parser.add_argument("--keep-memory", action="store_const", dest="memory", const="kept", help="--memory kept")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write everything as JSON")
+    return parser.parse_args(arguments)
+
+
+def _times_with_kept_memory(arguments: Sequence[str] | None) -> dict[str, Any]:
+    """Time the steps in another process: what malloc has mapped once stays so."""
+    given = sys.argv[1:] if arguments is None else arguments
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "kept.json"
+        changed = ["--no-losses", "--memory", "kept", "--out", str(out)]
+        subprocess.run([sys.executable, "-m", "bench.training", *given, *changed], check=True)
+        times: dict[str, Any] = json.loads(out.read_text())["times"]
+    return times
+
+
+if __name__ == "__main__":
+    sys.exit(main())
