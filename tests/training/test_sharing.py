@@ -28,7 +28,9 @@ DENSE = toy.config("dense", epochs=EPOCHS, eval_every=3)
 CLICKTRAIN = toy.config("clicktrain", toy.OPTIONS | {"select_at": 2, "prune_at": 3}, epochs=EPOCHS, eval_every=3)
 PAT_OPTIONS = {"target_compression": 2.5, "finetune_epochs": 2, "backend": "reference"}
 PAT = toy.config("baselines:TrainPruneFinetune", PAT_OPTIONS, epochs=EPOCHS, eval_every=3)
-SHARED = {"clicktrain": (CLICKTRAIN, 2), "pat": (PAT, EPOCHS)}
+ADMM_OPTIONS = PAT_OPTIONS | {"admm_epochs": 1}
+ADMM = toy.config("baselines:AdmmPattern", ADMM_OPTIONS, epochs=EPOCHS, eval_every=3)  # inherits what PAT promises
+SHARED = {"clicktrain": (CLICKTRAIN, 2), "pat": (PAT, EPOCHS), "admm": (ADMM, EPOCHS)}
 
 
 class Notes(Callback):
