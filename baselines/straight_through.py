@@ -58,7 +58,7 @@ class MaskedConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C_in, H, W) to (N, C_out, H', W')."""
         weight: Tensor = _StraightThrough.apply(self.weight, self.mask)  # type: ignore[no-untyped-call]
-        return self._conv_forward(x, weight, self.bias)
+        return self._conv_forward(x, weight, self.bias)  # type: ignore[no-any-return]
 
 
 class _StraightThrough(torch.autograd.Function):
