@@ -41,7 +41,7 @@ class Masked(Method):
     kept : int
         Weights that the masks keep now; 0 before there are masks.
     step_number : int
-        Steps taken so far.
+        Number of the present step, at the length of the present phase's epochs.
     """
 
     def __init__(self, target_compression: float, epochs: int, distribution: str = "uniform") -> None:
@@ -60,6 +60,11 @@ class Masked(Method):
     def phases(self) -> Sequence[Phase]:
         """One phase, at the run's own settings."""
         return [Phase(self.name, self.epochs)]
+
+    @property
+    def dense_epochs(self) -> int:
+        """The whole first phase, where that is called dense: see `Method.dense_epochs`."""
+        return self.epochs if self.phases[0].name == "dense" else 0
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -83,8 +88,9 @@ class Masked(Method):
         return total_budget(costs, self.weights, self.target_compression)
 
     def on_epoch(self, epoch: int, loader: Batches) -> None:
-        """Learn how many steps an epoch has."""
+        """Learn how many steps an epoch has, and with it the number of the next one."""
         self.steps_per_epoch = max(1, len(loader))
+        self.step_number = epoch * self.steps_per_epoch  # not counted: dense epochs may be another run's
 
     def after_backward(self) -> None:
         """Zero the gradients of masked-out weights, so that momentum and decay leave these at zero."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from baselines import Dense, TrainPruneFinetune
+from baselines import Dense, MagnitudePruneFinetune, OneShotNM, RigL, TrainPruneFinetune
 from clicktrain import ClickTrain
 from clicktrain.config import RunConfig
 from clicktrain.errors import CheckpointError, ConfigError, InvalidArgument
@@ -30,7 +30,14 @@ PAT_OPTIONS = {"target_compression": 2.5, "finetune_epochs": 2, "backend": "refe
 PAT = toy.config("baselines:TrainPruneFinetune", PAT_OPTIONS, epochs=EPOCHS, eval_every=3)
 ADMM_OPTIONS = PAT_OPTIONS | {"admm_epochs": 1}
 ADMM = toy.config("baselines:AdmmPattern", ADMM_OPTIONS, epochs=EPOCHS, eval_every=3)  # inherits what PAT promises
-SHARED = {"clicktrain": (CLICKTRAIN, 2), "pat": (PAT, EPOCHS), "admm": (ADMM, EPOCHS)}
+MASKED_OPTIONS = {"target_compression": 2.5, "admm_epochs": 1, "finetune_epochs": 2}
+MASKED = toy.config("baselines:AdmmElementwise", MASKED_OPTIONS, epochs=EPOCHS, eval_every=3)
+SHARED = {
+    "clicktrain": (CLICKTRAIN, 2),
+    "pat": (PAT, EPOCHS),
+    "admm": (ADMM, EPOCHS),
+    "element-wise": (MASKED, EPOCHS),
+}
 
 
 class Notes(Callback):
@@ -357,4 +364,7 @@ def test_dense_epochs_of_the_methods() -> None:
     assert Method().dense_epochs == 0
     assert Dense(7).dense_epochs == 7
     assert TrainPruneFinetune(6.0, epochs=7).dense_epochs == 7
+    assert MagnitudePruneFinetune(6.0, epochs=7).dense_epochs == 7
+    assert OneShotNM(epochs=7).dense_epochs == 7
+    assert RigL(6.0, epochs=7).dense_epochs == 0  # sparse from its first step on
     assert ClickTrain(6.0, epochs=190).dense_epochs == 55
