@@ -22,6 +22,7 @@ from clicktrain.method import Batches, Method, Phase
 from clicktrain.mixup import mixup
 from clicktrain.official import by_layer, resolve
 from clicktrain.patterns import PatternPool
+from clicktrain.preparation import tune
 from clicktrain.regularizer import PrunedGroups, group_lasso
 from clicktrain.schedule import Stages
 from clicktrain.selection import LayerSelection, PoolChoice, Sparsity, check_budget, prunable_layers, select
@@ -82,6 +83,10 @@ class ClickTrain(Method):
         Batch of epoch `prune_at` from which mixup runs.
     backend : str
         See `clicktrain.PatternConv2d`.
+    tune : bool
+        After the hard prune, measure how each layer is computed fastest at the largest batch of the training, see
+        `clicktrain.tune`: off, because it gains little, and because runs that were measured are equal in all but the
+        last bits only.
 
     Raises
     ------
@@ -115,6 +120,7 @@ class ClickTrain(Method):
         mixup_after_prune: float = 0.0,
         mixup_from: int = 0,
         backend: str = "auto",
+        tune: bool = False,
     ) -> None:
         if preset not in PRESETS:
             raise InvalidArgument(f"preset={preset!r}: expected one of {', '.join(PRESETS)}")
@@ -145,6 +151,7 @@ class ClickTrain(Method):
         self.mixup_after_prune = mixup_after_prune
         self.mixup_from = mixup_from
         self.backend = check_name(backend)
+        self.tune = tune
         self.selection: dict[str, LayerSelection] = {}
         self._groups: list[PrunedGroups] = []
         self._densities: Densities = {}
@@ -209,6 +216,7 @@ class ClickTrain(Method):
             self._select(loader)
         if epoch >= self.stages.prune_at and not self._pruned and not self.prune_after_step:
             self._prune()
+            self._tune()
 
     def prepare_batch(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Mix up the batch in the last stage, where asked for."""
@@ -230,6 +238,7 @@ class ClickTrain(Method):
         self._batch += 1
         if self.prune_after_step and self._epoch >= self.stages.prune_at and not self._pruned:
             self._prune()
+            self._tune()
 
     def finish(self) -> nn.Module:
         """Return the pruned model."""
@@ -318,6 +327,11 @@ class ClickTrain(Method):
         convert(self.model, {n: layer.kept for n, layer in self.selection.items()}, self.optimizer, self.backend)
         self._densities = {name: (layer.kept.density,) * 3 for name, layer in self.selection.items()}
         self._convs, self._groups, self._pruned = {}, [], True
+
+    def _tune(self) -> None:
+        """Measure, where asked for; a resumed run has its choices from the checkpoint."""
+        if self.tune and self.batch_sizes:
+            tune(self.model, (max(self.batch_sizes), *self._image_shape), backend=self.backend)
 
 
 def _pack(layer: LayerSelection) -> dict[str, Tensor]:

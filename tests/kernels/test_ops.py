@@ -8,7 +8,7 @@ import clicktrain
 from clicktrain.assignment import assign
 from clicktrain.errors import InvalidArgument
 from clicktrain.kernels import available, plan
-from clicktrain.kernels.backends import BACKENDS
+from clicktrain.kernels.backends import BACKENDS, select
 from clicktrain.layers import PatternConv2d
 from clicktrain.patterns import PatternPool, official_pool
 
@@ -116,11 +116,86 @@ def test_bad_input_is_named(change, text):
         torch.ops.clicktrain.pattern_conv2d(*inputs)
 
 
+@pytest.mark.skipif("cpu" not in USABLE, reason=str(available()["cpu"]))
+@pytest.mark.parametrize(
+    ("x", "text"),
+    [
+        (torch.ones(9, 4, 8, 8, dtype=torch.float64), "float64"),
+        (torch.ones(9, 4, 8, 8, dtype=torch.int64), "int64"),
+        (torch.ones(9, 4, 8, 8, dtype=torch.bfloat16), "bfloat16"),
+        (torch.ones(9, 5, 8, 8), r"\(9, 5, 8, 8\): expected \(N, 4, H, W\)"),
+        (torch.ones(4, 8, 8), r"\(4, 8, 8\)"),
+    ],
+    ids=["float64", "int64", "bfloat16", "channels", "dimensions"],
+)
+@pytest.mark.parametrize("converted", [False, True])
+def test_bad_input_of_a_layer_on_the_cpu_backend_is_named(x, text, converted):
+    made = layer("cpu")
+    model = torch.nn.Sequential(made)
+    if converted:  # activations stay blocked where they can
+        clicktrain.blocked.install(model)
+    with pytest.raises(InvalidArgument, match=text):
+        model(x)
+
+
+@pytest.mark.skipif("cpu" not in USABLE, reason=str(available()["cpu"]))
+def test_tensors_that_the_cpu_backend_cannot_take_are_named():
+    """The operands agree with each other; a tensor on the meta device stands in for one on a GPU."""
+    made = layer("cpu")
+    x, values, *rest = arguments(made, "cpu")
+    with pytest.raises(InvalidArgument, match=r"x is torch.float64, the cpu backend computes in torch.float32"):
+        torch.ops.clicktrain.pattern_conv2d(x.detach().double(), values.detach().double(), *rest)
+    planned = plan(made.get_assignment(), input_shape=(2, 4, 8, 8), padding=1)
+    with pytest.raises(InvalidArgument, match="x is on meta, the cpu backend computes on cpu"):
+        select("cpu", x.to("meta"))
+    with pytest.raises(InvalidArgument, match="dy is on meta"):
+        BACKENDS["cpu"].kernels().grad_input(torch.empty(planned.output_shape, device="meta"), values, planned)
+
+
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_non_finite_gradients_spread_through_kept_taps_only(backend, bad):
+    made = layer(backend)
+    x, values, assignment, pool, *rest = arguments(made, backend)
+    x, values = x.detach(), values.detach()
+    dy = torch.ones(2, 6, 8, 8)
+    dy[1, 2, 3, 3] = bad
+    dx = torch.ops.clicktrain.pattern_conv2d_grad_input(dy, values, assignment, pool, list(x.shape), *rest)
+    kept = made.get_assignment().mask()[2]  # of the filter: (channels, 3, 3)
+    spoilt = torch.zeros(2, 4, 8, 8, dtype=torch.bool)
+    spoilt[1, :, 2:5, 2:5] = kept
+    assert torch.equal(~torch.isfinite(dx), spoilt)
+
+    x[1, 2, 3, 3] = bad
+    shape = list(values.shape)
+    dvalues = torch.ops.clicktrain.pattern_conv2d_grad_values(x, torch.ones_like(dy), assignment, pool, shape, *rest)
+    channels = (assignment != clicktrain.PRUNED).nonzero()[:, 1]
+    assert torch.equal(~torch.isfinite(dvalues), (channels == 2)[:, None].expand(shape))
+
+
 def test_a_plan_of_another_layer_is_refused():
-    made = layer()
+    made, x = layer(), torch.randn(2, 4, 8, 8)
     other = plan(made.get_assignment(), input_shape=(2, 4, 9, 9), padding=1)
     with pytest.raises(InvalidArgument, match=r"\(2, 4, 8, 8\).*\(2, 4, 9, 9\)"):
-        clicktrain.pattern_conv2d(torch.randn(2, 4, 8, 8), made.values, other)
+        clicktrain.pattern_conv2d(x, made.values, other)
+    more = layer(filters=7).get_assignment()
+    assert more.kept_kernels == made.values.shape[0]  # only the shape of its output differs: it is not this layer's
+    assert clicktrain.pattern_conv2d(x, made.values, plan(more, input_shape=(2, 4, 8, 8), padding=1)).shape[1] == 7
+    fewer = torch.full((6, 4), clicktrain.PRUNED, dtype=torch.uint8)
+    with pytest.raises(InvalidArgument, match=r"values has shape \(13, 4\): the assignment keeps \(0, 4\)"):
+        clicktrain.pattern_conv2d(x, made.values, plan(fewer, official_pool(4), (2, 4, 8, 8), 1, 1))
+
+
+def test_an_index_outside_the_pool_is_named_wherever_an_assignment_is_made():
+    index = torch.full((6, 4), 4, dtype=torch.uint8)
+    conv = torch.nn.Conv2d(4, 6, 3, padding=1)
+    for use in (
+        lambda: plan(index, official_pool(4), (2, 4, 8, 8)),
+        lambda: clicktrain.Assignment(index, official_pool(4)),
+        lambda: PatternConv2d.from_conv2d(conv, index, official_pool(4)),
+    ):
+        with pytest.raises(InvalidArgument, match=r"\b4\b.*pool"):
+            use()
 
 
 def test_available_says_true_or_why_not():

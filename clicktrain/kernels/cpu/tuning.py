@@ -11,6 +11,7 @@ import hashlib
 import json
 import platform
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from itertools import product
@@ -202,18 +203,18 @@ def _by_cost(layer: Layer, blocks: int) -> list[Tile]:
 
 def _cycles(layer: Layer, blocks: int, tile: Tile) -> float:
     """Estimate the cycles that all tiles together spend on one kernel, and on copying its share of a window."""
-    lengths = [
-        [length for _, length in cuts(size, step, spread)]
+    lengths = [  # of two kinds at most, along each axis
+        Counter(length for _, length in cuts(size, step, spread)).items()
         for size, step, spread in zip((blocks, *layer.out_size), tile, (1, *layer.spread), strict=True)
     ]
     phases = layer.spread[0] * layer.spread[1]
     uses = max(1.0, len(layer.kernels.filters) / max(1, layer.channels))  # of a channel's window
     (s, t), k = layer.stride, layer.kernel_size
     total = 0.0
-    for b, r, c in product(*lengths):
+    for (b, n_b), (r, n_r), (c, n_c) in product(*lengths):
         window = b * ((r - 1) * s + k) * ((c - 1) * t + k) / phases
         arithmetic = layer.entries * b * r * c / phases / 2
         latency = layer.entries * _FMA_LATENCY / phases
         loads = (window * min(1.0, layer.entries / k) + layer.entries) / 2
-        total += max(arithmetic, latency, loads) + 3 + 2 * window / uses
+        total += n_b * n_r * n_c * (max(arithmetic, latency, loads) + 3 + 2 * window / uses)
     return total
