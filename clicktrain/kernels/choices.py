@@ -45,11 +45,11 @@ def use_choices(made: Mapping[str, Mapping[str, Any]]) -> None:
 def tune(plans: Iterable[Plan], backend: str = "auto", device: str = "cpu") -> None:
     """Measure in which way each plan is computed fastest, and do it that way from now on.
 
-    Trainers do not call it by themselves, because the estimate is about as good: on 2 Zen 3 cores, a sparse step of
-    VGG-13 at batch 64 became between 0.8 % longer and 3.7 % shorter, for 10 to 22 s of compiling and measuring the
-    first time. Other layers and machines may gain. The result is kept on disk, so that the next process does not
-    measure. Two measurements may choose differently: runs that were tuned are equal in all but the last bits. Backends
-    that have no choice do nothing.
+    Trainers do not call it by themselves, because the estimate is about as good: on two shared cores, sparse steps of
+    VGG-13 at batch 64 changed by -3.7 and +0.8 % (width 1) and by +0.4 and +18 % (width 0.25; the last while other
+    work disturbed it), for 10 to 22 s of compiling and measuring the first time. Other layers and machines may gain.
+    The result is kept on disk, so that the next process does not measure. Two measurements may choose differently: runs
+    that were tuned are equal in all but the last bits. Backends that have no choice do nothing.
 
     Parameters
     ----------
