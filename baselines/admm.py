@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clicktrain.errors import InvalidArgument
-from clicktrain.method import Phase
+from clicktrain.method import Batches, Method, Phase
 
 Weights = Mapping[str, Tensor]
 Projection = Callable[[Weights], dict[str, Tensor]]
@@ -94,6 +94,33 @@ class Admm:
             for entries, values in zip(mine, saved, strict=True):
                 for name, value in values.items():
                     entries[name] = value.to(entries[name].device).clone()
+
+
+class AdmmStage(Method):
+    """What methods with an ADMM phase after `epochs` of dense training do while it lasts; first of their bases."""
+
+    epochs: int
+    weights: Any  # by layer name: a property of the other base
+    _admm: Admm | None
+
+    @property
+    def stage(self) -> str:
+        """Return "admm" while it lasts, else what the method says without it."""
+        return "admm" if self._admm else super().stage
+
+    def on_epoch(self, epoch: int, loader: Batches) -> None:
+        """Project and update the duals after every epoch of ADMM."""
+        super().on_epoch(epoch, loader)
+        if self._admm and epoch > self.epochs:
+            self._admm.update(self.weights)
+
+    def penalty(self) -> Tensor:
+        """Return the distance to the constraints while ADMM lasts, else zero."""
+        return self._admm.penalty(self.weights) if self._admm else super().penalty()
+
+    def log(self) -> dict[str, float]:
+        """Return how far the weights are from the constraints, while ADMM lasts."""
+        return {"admm_residual": self._admm.residual(self.weights)} if self._admm else {}
 
 
 def check_rho(rho: float) -> float:

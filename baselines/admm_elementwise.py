@@ -8,14 +8,14 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from baselines.admm import Admm, Weights, admm_phase, check_rho, length
+from baselines.admm import Admm, AdmmStage, Weights, admm_phase, check_rho, length
 from baselines.budgets import largest_by_layer
 from baselines.finetuning import finetune_phase
 from baselines.masking import Masked
-from clicktrain.method import Batches, Phase
+from clicktrain.method import Phase
 
 
-class AdmmElementwise(Masked):
+class AdmmElementwise(AdmmStage, Masked):
     """Train, draw the weights to the nearest sparse ones with ADMM, prune, fine-tune.
 
     Source: Zhang et al., "A systematic DNN weight pruning framework using ADMM" (ECCV 2018): Z keeps the largest
@@ -75,9 +75,7 @@ class AdmmElementwise(Masked):
     @property
     def stage(self) -> str:
         """Return "dense", "admm" or "finetune"."""
-        if self._masks:
-            return "finetune"
-        return "admm" if self._admm else "dense"
+        return "finetune" if self._masks else super().stage
 
     def begin_phase(self, index: int, optimizer: Optimizer) -> None:
         """Begin ADMM, or prune."""
@@ -87,20 +85,6 @@ class AdmmElementwise(Masked):
         else:
             self.set_masks(largest_by_layer(self.weights, self._counts))
             self._admm = None
-
-    def on_epoch(self, epoch: int, loader: Batches) -> None:
-        """Project and update the duals after every epoch of ADMM."""
-        super().on_epoch(epoch, loader)
-        if self._admm and epoch > self.epochs:
-            self._admm.update(self.weights)
-
-    def penalty(self) -> Tensor:
-        """Return the distance to the constraint while ADMM lasts, else zero."""
-        return self._admm.penalty(self.weights) if self._admm else super().penalty()
-
-    def log(self) -> dict[str, float]:
-        """Return how far the weights are from the constraint, while ADMM lasts."""
-        return {"admm_residual": self._admm.residual(self.weights)} if self._admm else {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return masks, progress and what ADMM knows."""

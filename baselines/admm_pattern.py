@@ -8,16 +8,16 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from baselines.admm import Admm, Weights, admm_phase, check_rho, length
+from baselines.admm import Admm, AdmmStage, Weights, admm_phase, check_rho, length
 from baselines.train_prune_finetune import TrainPruneFinetune
 from clicktrain.assignment import Assignment, assign
 from clicktrain.importance import magnitude
-from clicktrain.method import Batches, Method, Phase
+from clicktrain.method import Method, Phase
 from clicktrain.patterns import PatternPool
 from clicktrain.selection import PoolChoice
 
 
-class AdmmPattern(TrainPruneFinetune):
+class AdmmPattern(AdmmStage, TrainPruneFinetune):
     """Train, draw the weights to patterns and to removed kernels with ADMM, prune, fine-tune.
 
     Source: PatDNN (ASPLOS 2020, arXiv 2001.00138) and PCONV (AAAI 2020), steps and settings as in 7bvcxz/PatDNN: a
@@ -89,11 +89,6 @@ class AdmmPattern(TrainPruneFinetune):
         """Dense training at the run's own settings, ADMM, fine-tuning."""
         return [Phase("dense", self.epochs), self._admm_phase, self.finetune]
 
-    @property
-    def stage(self) -> str:
-        """Return "dense", "admm" or "finetune"."""
-        return "admm" if self._admm else super().stage
-
     def begin_phase(self, index: int, optimizer: Optimizer) -> None:
         """Choose patterns and budgets and begin ADMM, or prune."""
         Method.begin_phase(self, index, optimizer)
@@ -103,19 +98,6 @@ class AdmmPattern(TrainPruneFinetune):
         else:
             self.prune({name: self._assign(name, weight.detach()) for name, weight in self.weights.items()})
             self._admm = None
-
-    def on_epoch(self, epoch: int, loader: Batches) -> None:
-        """Project and update the duals after every epoch of ADMM."""
-        if self._admm and epoch > self.epochs:
-            self._admm.update(self.weights)
-
-    def penalty(self) -> Tensor:
-        """Return the distance to both constraints while ADMM lasts, else zero."""
-        return self._admm.penalty(self.weights) if self._admm else super().penalty()
-
-    def log(self) -> dict[str, float]:
-        """Return how far the weights are from the constraints, while ADMM lasts."""
-        return {"admm_residual": self._admm.residual(self.weights)} if self._admm else {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the assignments, or what ADMM knows before there are any."""

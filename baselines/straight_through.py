@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from baselines.masking import Masked
+
+Conv = TypeVar("Conv", bound=nn.Conv2d)
 
 
 class MaskedConv2d(nn.Conv2d):
@@ -26,16 +28,7 @@ class MaskedConv2d(nn.Conv2d):
     @classmethod
     def of(cls, conv: nn.Conv2d) -> MaskedConv2d:
         """Make one that has the very parameters of a dense convolution, nothing masked."""
-        layer = cls(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,  # type: ignore[arg-type]
-            conv.stride,  # type: ignore[arg-type]
-            conv.padding,  # type: ignore[arg-type]
-            bias=conv.bias is not None,
-            device="meta",
-        )
-        layer.weight, layer.bias = conv.weight, conv.bias
+        layer = _over_the_parameters_of(conv, cls)
         layer.register_buffer("mask", torch.ones_like(conv.weight, dtype=torch.bool), persistent=False)
         return layer
 
@@ -43,22 +36,27 @@ class MaskedConv2d(nn.Conv2d):
         """Return an ordinary convolution with zeros where this one is masked, over the same parameter."""
         with torch.no_grad():
             self.weight.masked_fill_(~self.mask, 0.0)
-        conv = nn.Conv2d(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,  # type: ignore[arg-type]
-            self.stride,  # type: ignore[arg-type]
-            self.padding,  # type: ignore[arg-type]
-            bias=self.bias is not None,
-            device="meta",
-        )
-        conv.weight, conv.bias = self.weight, self.bias
-        return conv
+        return _over_the_parameters_of(self, nn.Conv2d)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C_in, H, W) to (N, C_out, H', W')."""
         weight: Tensor = _StraightThrough.apply(self.weight, self.mask)  # type: ignore[no-untyped-call]
         return self._conv_forward(x, weight, self.bias)  # type: ignore[no-any-return]
+
+
+def _over_the_parameters_of(conv: nn.Conv2d, kind: type[Conv]) -> Conv:
+    """Return a convolution of a kind that has the geometry and the very parameters of another."""
+    layer = kind(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,  # type: ignore[arg-type]
+        conv.stride,  # type: ignore[arg-type]
+        conv.padding,  # type: ignore[arg-type]
+        bias=conv.bias is not None,
+        device="meta",
+    )
+    layer.weight, layer.bias = conv.weight, conv.bias
+    return layer
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -112,7 +112,7 @@ CLAIMS: tuple[Claim, ...] = (
         comparison="difference",
         rival="pat",
         min_seeds=3,
-        budget="embedded study: 5 seeds, 30 minutes on 2 cores",
+        budget="embedded study: 5 seeds, about 40 minutes on 2 cores",
         needs="a pruning-after-training method",
     ),
     Claim(
@@ -127,7 +127,7 @@ CLAIMS: tuple[Claim, ...] = (
         comparison="difference",
         rival="dense",
         min_seeds=3,
-        budget="embedded study: 5 seeds, 30 minutes on 2 cores",
+        budget="embedded study: 5 seeds, about 40 minutes on 2 cores",
         needs="a dense run",
     ),
     Claim(
@@ -172,7 +172,7 @@ CLAIMS: tuple[Claim, ...] = (
         comparison="difference",
         rival="pdt",
         min_seeds=3,
-        budget="embedded study: 5 seeds, 30 minutes on 2 cores",
+        budget="embedded study: 5 seeds, about 40 minutes on 2 cores",
         needs="PruneTrain",
     ),
     Claim(

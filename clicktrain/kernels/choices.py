@@ -54,7 +54,7 @@ def tune(plans: Iterable[Plan], backend: str = "auto", device: str = "cpu") -> N
     Parameters
     ----------
     plans : iterable of Plan
-        From `clicktrain.kernels.plan`; `clicktrain.plans` makes those of a model.
+        From `clicktrain.kernels.plan`; `clicktrain.preparation.plans` makes those of a model.
     backend, device : str
         As in `pattern_conv2d`, and where it is going to compute.
     """

@@ -58,9 +58,8 @@ class DenseStart:
             own = record | {"stage": trainer.method.stage}
             if record["kind"] == "epoch":
                 own["phase"] = timeline.phases[timeline.index(record["epoch"])].name
-                if (record["epoch"] + 1) % every and record[
-                    "test_accuracy"
-                ] is not None:  # the other's last epoch, but not ours: not evaluated
+                is_due = (record["epoch"] + 1) % every == 0
+                if not is_due and record["test_accuracy"] is not None:  # the other's last epoch, but not ours
                     own |= {"val_accuracy": None, "test_accuracy": None, "eval_seconds": 0.0}
             yield own
 
