@@ -74,8 +74,8 @@ def train(
 
     values: dict[str, Any] = {} if config is None else read_toml(config)
     changes: list[dict[str, Any]] = [{"preset": preset}] if preset else []
+    changes += [{"method": {"name": method}}] if method else []  # before its options: another name drops those
     changes += [parse_assignment(text) for text in set_ or ()]
-    changes += [{"method": {"name": method}}] if method else []
     for change in changes:
         values = merge(values, change)
     run_config = RunConfig.from_dict(values, "configuration" if config is None else str(config))

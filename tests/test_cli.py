@@ -66,6 +66,14 @@ def test_options_change_the_file(tmp_path: Path, toy_file: Path) -> None:
     assert (config.method.name, config.method.options) == (toy.DENSE, {})
 
 
+def test_options_are_those_of_the_method_that_was_named(
+    tmp_path: Path, toy_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--method", "baselines:SmallDense", "--set", "method.options.target_compression=0.5"]
+    assert call("train", "--config", toy_file, "--out", tmp_path / "run", *words) == 2
+    assert "target_compression=0.5" in capsys.readouterr().err
+
+
 def test_a_preset_with_changes(tmp_path: Path) -> None:
     out = tmp_path / "run"
     changes = ["data.name=toy", "model.name=toy", "train.epochs=3", "train.batch_size=8"]
