@@ -31,11 +31,9 @@ from clicktrain import provenance, timing
 from clicktrain.errors import DataError
 from clicktrain.files import write_atomic
 
-NETWORKS: dict[str, tuple[tuple[LayerShape, ...], int]] = {
-    "vgg13": (VGG13, 32), "resnet32": (RESNET32, 32), "resnet18": (RESNET18, 8), "resnet50": (RESNET50_POINTWISE, 8)
-}  # fmt: skip
-"""Layers and batch; the 3x3 layers of ResNet-50 are those of ResNet-18."""
-SPARSER = (16.2, 32.4, 64.8)
+NETWORKS = {"vgg13": VGG13, "resnet32": RESNET32, "resnet18": RESNET18, "resnet50": RESNET50_POINTWISE}
+"""Layers; the 3x3 layers of ResNet-50 are those of ResNet-18."""
+SPARSER = (16.2, 64.8)
 """Compressions for the crossover alone, where products are compared and not compiled code."""
 DENSE = [name for name, operator in OPERATORS.items() if operator.kind == "dense" and operator.tolerance < 1e-4
          and not name.endswith("product")]  # fmt: skip
@@ -119,13 +117,13 @@ def measure(network: str, workload: Workload, rounds: int, piece: int = 0) -> Ro
     )  # fmt: skip
 
 
-def workloads(networks: Iterable[str], compressions: Sequence[float]) -> list[tuple[str, Workload]]:
+def workloads(networks: Iterable[str], batch: int, compressions: Sequence[float]) -> list[tuple[str, Workload]]:
     """Return what is measured, the paper's compressions first."""
     return [
-        (network, Workload(shape, NETWORKS[network][1], compression))
+        (network, Workload(shape, batch, compression))
         for compression in compressions
         for network in networks
-        for shape in NETWORKS[network][0]
+        for shape in NETWORKS[network]
     ]
 
 
@@ -224,7 +222,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     piece = {"provenance": provenance.collect(), "threads": asdict(timing.Threads.now()), "rounds": options.rounds}
     report["pieces"].append(piece)
     done = {(row.network, row.workload) for row in rows}
-    wanted = workloads(options.network or NETWORKS, (*COMPRESSIONS, *SPARSER))[: 1 if options.quick else None]
+    wanted = workloads(options.network or NETWORKS, options.batch, (*COMPRESSIONS, *SPARSER))[
+        : 1 if options.quick else None
+    ]
     missing = [(network, workload) for network, workload in wanted if (network, workload.name) not in done]
     start = time.perf_counter()
     for index, (network, workload) in enumerate(missing):
@@ -244,6 +244,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.operators", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one layer: proves that it runs")
     parser.add_argument("--network", action="append", choices=NETWORKS, help="only this one; repeatable")
+    parser.add_argument("--batch", type=int, default=8, help="images (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=9, help="samples of each operator (default %(default)s)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop before the next layer after so long")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write everything as JSON, or go on with this file")
