@@ -1,8 +1,8 @@
 // The gradient of the kept weights.
 //
 // For kernel (o, i) with pattern p: dvalues[entry] = sum over blocks, pixels and lanes of x[i, pixel + tap] * dy[o].
-// Kernels are grouped in runs of one channel and one pattern, so that the shifted inputs of up to kGroup[entries]
-// filters are the same vectors: 3 filters x 4 taps are 12 sums in registers for 7 loads a pixel.
+// Kernels are grouped in runs of one channel and one pattern, so that the shifted inputs of several filters are the
+// same vectors: 3 filters x 4 taps are 12 sums in registers for 7 loads a pixel, and AVX-512 holds twice as many.
 //
 // Pixels are cut into chunks, so that dy stays in the cache while the channels pass by; between chunks
 // the eight lanes of each sum wait in memory. Threads share out channels, so nothing is reduced across threads.
@@ -47,23 +47,25 @@ void accumulate(const Chunk& k, const float* const* dy, const int64_t* taps, flo
 
 using Accumulate = void (*)(const Chunk&, const float* const*, const int64_t*, float*, int64_t);
 
-constexpr int kMaxTaps = 9, kMaxFilters = 8;
+constexpr int kMaxTaps = 9;
+constexpr int kSums = CLICKTRAIN_VECTOR_BITS >= 512 ? 24 : 12;  // sums that stay in registers
 
-// accumulators[taps][filters]: as many filters at once as leave the sums in registers.
-constexpr Accumulate accumulators[kMaxTaps + 1][kMaxFilters + 1] = {
-    {},
-    {nullptr, accumulate<1, 1>, accumulate<2, 1>, accumulate<3, 1>, accumulate<4, 1>, accumulate<5, 1>,
-     accumulate<6, 1>, accumulate<7, 1>, accumulate<8, 1>},
-    {nullptr, accumulate<1, 2>, accumulate<2, 2>, accumulate<3, 2>, accumulate<4, 2>, accumulate<5, 2>},
-    {nullptr, accumulate<1, 3>, accumulate<2, 3>, accumulate<3, 3>, accumulate<4, 3>},
-    {nullptr, accumulate<1, 4>, accumulate<2, 4>, accumulate<3, 4>},
-    {nullptr, accumulate<1, 5>, accumulate<2, 5>},
-    {nullptr, accumulate<1, 6>, accumulate<2, 6>},
-    {nullptr, accumulate<1, 7>},
-    {nullptr, accumulate<1, 8>},
-    {nullptr, accumulate<1, 9>},
-};
-constexpr int kGroup[kMaxTaps + 1] = {0, 8, 5, 4, 3, 2, 2, 1, 1, 1};
+// As many filters at once as leave the sums in registers.
+constexpr int most_filters(int taps) { return std::max(1, std::min(8, kSums / taps)); }
+
+template <int Taps, int Filters = most_filters(Taps)>
+Accumulate accumulate_for(int filters) {
+  if (filters == Filters) return accumulate<Filters, Taps>;
+  if constexpr (Filters > 1) return accumulate_for<Taps, Filters - 1>(filters);
+  return nullptr;
+}
+
+template <int Taps = kMaxTaps>
+Accumulate find_accumulate(int taps, int filters) {
+  if (taps == Taps) return accumulate_for<Taps>(filters);
+  if constexpr (Taps > 1) return find_accumulate<Taps - 1>(taps, filters);
+  return nullptr;
+}
 
 class GradientTask {
  public:
@@ -142,11 +144,13 @@ class GradientTask {
         offsets[i] = (int64_t(position / g_.kernel_size) * window_w_ + position % g_.kernel_size) * kLanes;
       }
       float* to = sums + first_tap * kLanes;
-      for (int kernel = g_.run_starts[run], count; kernel < end; kernel += count, to += count * stride) {
-        count = std::min(kGroup[taps], end - kernel);
-        const float* planes[kMaxFilters];
+      // Groups of about equal size: a lone filter has too few sums to hide how long an addition takes.
+      int groups = (end - g_.run_starts[run] + most_filters(taps) - 1) / most_filters(taps);
+      for (int kernel = g_.run_starts[run], count; groups; --groups, kernel += count, to += count * stride) {
+        count = (end - kernel) / groups;
+        const float* planes[8];
         for (int f = 0; f < count; ++f) planes[f] = dy + g_.kernel_filters[kernel + f] * plane;
-        accumulators[taps][count](k, planes, offsets, to, stride);
+        find_accumulate(taps, count)(k, planes, offsets, to, stride);
       }
     }
   }

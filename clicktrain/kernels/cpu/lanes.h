@@ -44,7 +44,9 @@ CLICKTRAIN_INLINE Vec broadcast(float f) { return Vec{f, f, f, f, f, f, f, f}; }
 
 // Keep the compiler from loading a vector again for each of its uses.
 CLICKTRAIN_INLINE void pin(Vec& v) {
-#if CLICKTRAIN_VECTOR_BITS >= 256
+#if CLICKTRAIN_VECTOR_BITS >= 512
+  asm("" : "+v"(v));  // any of the 32 registers
+#elif CLICKTRAIN_VECTOR_BITS >= 256
   asm("" : "+x"(v));
 #else
   (void)v;
