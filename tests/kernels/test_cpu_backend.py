@@ -87,15 +87,30 @@ def test_the_bits_depend_on_the_channel_block_only(stride: int, direction: Calla
         for sweep, tile, band, group in (
             ("taps", passes.taps_tile(layer), 1, 1),
             ("taps", passes.taps_tile(layer), 3, 1),
-            ("patterns", (1, 2, 4), 2, 4),
-            ("patterns", (2, 2, 2), 1, 2),
-            ("patterns", (1, 4, 2), 9, 3),
+            ("filters", (1, 2, 4), 2, 4),
+            ("filters", (2, 2, 2), 1, 2),
+            ("filters", (1, 4, 2), 9, 3),
         )
     ]
     first, *others = (convolve(layer, 3, choice, source, values) for choice in choices)
     assert torch.isfinite(first).all()
     for choice, other in zip(choices[1:], others, strict=True):
         assert torch.equal(first, other), choice
+
+
+@pytest.mark.parametrize("direction", [Layer.forward, Layer.transposed])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("filters", [40, 300])
+def test_channel_by_channel_gives_the_bits_of_one_channel_to_a_block(
+    filters: int, stride: int, direction: Callable[[Plan], Layer]
+) -> None:
+    made, x, values, dy = Case(SQUARES, filters, 70, 19, (9, 10), (stride,) * 2, (1, 1), 0.3, seed=1).operands()
+    layer = direction(made)
+    source = backend.pack(x if direction == Layer.forward else dy)
+    want = convolve(layer, 3, passes.Choice("taps", passes.taps_tile(layer), 1, 1, 1), source, values)
+    for tile, band, channel_block in (((1, 2, 2), 1, 64), ((1, 2, 4), 2, 16), ((2, 4, 2), 9, 255), ((1, 4, 6), 1, 1)):
+        choice = passes.Choice("channels", tile, band, channel_block, 4)
+        assert torch.equal(convolve(layer, 3, choice, source, values), want), choice
 
 
 @pytest.mark.parametrize("name", library.INSTRUCTION_SETS)

@@ -109,7 +109,7 @@ def test_few_images_are_cut_into_strips() -> None:
 
 
 def test_generated_code_is_what_it_was() -> None:
-    spec = SweepSpec("avx2", 3, ((0, 1), (4, 5)), 2, (1, 1), (1, 1), (0, 0), 3, 4, 1)
+    spec = SweepSpec("filters", "avx2", 3, ((0, 1), (4, 5)), 2, (1, 1), (1, 1), (0, 0), 3, 4, (1, 1, 2))
     text = codegen.render(spec, (TileShape(1, 1, 2, (1, 3), (0, 4)),))
     body = [line.strip() for line in text.splitlines() if "run[" in line or "Vec" in line]
     assert body == [

@@ -15,7 +15,7 @@ struct Sweep {
   int64_t window_pixel;     // floats from the input pixel of one output pixel to that of the next
   const int32_t* order;     // [filters] the filter in each place; the lists below are by place
   const int64_t* starts;    // [filters + 1] first record
-  const uint8_t* runs;      // [filters][patterns] records of each pattern
+  const uint8_t* runs;      // [filters to do][patterns] or [channels][patterns]: records of each pattern
   const int32_t* offsets;   // [records] floats from the start of the window
   const float* weights;     // [records][weights of a record]
   const float* sums_in;     // sums so far; null = zero
@@ -23,6 +23,7 @@ struct Sweep {
   int64_t in_filter, in_block, in_row, in_pixel;      // strides of sums_in in floats
   int64_t out_filter, out_block, out_row, out_pixel;  // strides of sums_out
   int32_t begin, end;       // places to do
+  int32_t channels;         // of the window
   int32_t streaming;        // store past the caches
 };
 
@@ -48,13 +49,14 @@ struct Pass {
                                    // filters in every channel block
   int32_t record_weights;          // weights in a record
   int32_t reversed;                // take the weights of a record from last to first
-  int32_t patterns;                // entries of `runs` for a filter in a group
+  int32_t part_runs, list_runs;    // entries of `runs` for a part, and for all parts of a channel block and group
   int32_t streaming;               // outputs are too large for the caches, and tiles fill whole cache lines
   int32_t whole_tiles;             // sweeps write whole tiles, also where they stick out of the output
+  int32_t keeps_sums;              // sweeps leave the sums where they are; the driver writes the output
   int64_t records;
   const int32_t* order;            // [channel_blocks][groups][filters]
   const int64_t* starts;           // [channel_blocks][groups][phases][filters + 1]
-  const uint8_t* runs;             // [channel_blocks][groups][filters][patterns]
+  const uint8_t* runs;             // [channel_blocks][groups][parts][filters or channels][patterns of a group]
   const int32_t* offsets;          // [records]
   const int32_t* gather;           // [records] where the weights of a record start in the canonical values
   const SweepFunction* sweeps;     // [groups][tiles along blocks][along rows][along columns]

@@ -112,6 +112,7 @@ class Convolution {
 
   // Whether the tile's sweep may write to the output.
   bool direct(const TilePlace& t) const {
+    if (p_.keeps_sums) return false;
     return !p_.whole_tiles || (t.rows == p_.tile_h && t.columns == p_.tile_w);
   }
 
@@ -142,7 +143,7 @@ class Convolution {
     s.window_pixel = int64_t(p_.stride_w) * kLanes;
     s.order = p_.order + int64_t(list) * p_.filters;
     s.starts = p_.starts + (int64_t(list) * p_.phases + phase) * (p_.filters + 1);
-    s.runs = p_.runs + int64_t(list) * p_.filters * p_.patterns;
+    s.runs = p_.runs + int64_t(list) * p_.list_runs + int64_t(begin / p_.part) * p_.part_runs;
     s.offsets = p_.offsets;
     s.weights = weights_;
     s.in_row = s.out_row = int64_t(pixel_rows()) * p_.tile_w * kLanes;
@@ -153,6 +154,7 @@ class Convolution {
     s.sums_in = list ? s.sums_out : nullptr;
     s.begin = begin;
     s.end = end;
+    s.channels = std::min(p_.channel_block, p_.channels - list / p_.groups * p_.channel_block);
     s.streaming = 0;
     return s;
   }
@@ -182,7 +184,8 @@ class Convolution {
           if (b >= t.blocks || r >= t.rows) continue;
           float* plane = y_ + (int64_t(t.block + b) * p_.filters + f) * p_.out_h * p_.out_w * kLanes;
           float* to = plane + (int64_t(t.top + r) * p_.out_w + t.left) * kLanes;
-          std::memcpy(to, from, size_t(t.columns) * kLanes * sizeof(float));
+          for (int i = 0; i < t.columns * kLanes; i += kLanes)
+            p_.streaming ? stream(to + i, load(from + i)) : store(to + i, load(from + i));
         }
   }
 

@@ -26,7 +26,7 @@ class Pass(ctypes.Structure):
             "blocks", "channels", "in_h", "in_w", "filters", "out_h", "out_w", "tile_blocks", "tile_h", "tile_w",
             "band", "window_h", "window_w", "window_pitch", "start_h", "start_w", "stride_h", "stride_w",
             "spread_h", "spread_w", "phases", "groups", "channel_block", "channel_blocks", "part", "record_weights",
-            "reversed", "patterns", "streaming", "whole_tiles",
+            "reversed", "part_runs", "list_runs", "streaming", "whole_tiles", "keeps_sums",
         )),
         ("records", _i64),
         *((name, _pointer) for name in ("order", "starts", "runs", "offsets", "gather", "sweeps")),

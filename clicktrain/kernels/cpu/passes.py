@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise, product
@@ -22,6 +23,8 @@ from clicktrain.kernels.cpu.library import Gradient, Pass, instruction_set, swee
 from clicktrain.kernels.cpu.reorder import reorder
 
 ITEMS_PER_THREAD, FILTERS_PER_PART = 4, 16
+SUMS_FLOATS, MIN_PART, MAX_RUN = 4096, 16, 255
+"""Of a "channels" sweep: sums of a part of the filters, half of a first-level cache; fewest filters, and most."""
 STREAMED_BYTES = 2 << 20
 """Outputs from this size on bypass the caches: they would push out the windows, and each of their lines would be
 read from memory before it is written."""
@@ -35,8 +38,8 @@ class Choice:
 
     Attributes
     ----------
-    sweep : {"patterns", "taps"}
-        The compute kernel: specialised for the pool, or generic.
+    sweep : {"filters", "channels", "taps"}
+        The compute kernel: specialised for the pool, filter by filter or channel by channel, or generic.
     tile : (int, int, int)
         Blocks, rows and columns of output pixels that are computed at once.
     band : int
@@ -44,10 +47,10 @@ class Choice:
     channel_block : int
         Input channels in a window, at most 255.
     group : int
-        Patterns that a specialised sweep does at once.
+        Patterns that a "filters" sweep does at once.
     """
 
-    sweep: Literal["patterns", "taps"]
+    sweep: Literal["filters", "channels", "taps"]
     tile: tuple[int, int, int]
     band: int
     channel_block: int
@@ -94,7 +97,7 @@ class Window:
             padding, spread = layer.padding[axis], layer.spread[axis]
             start = -(padding // spread)
             last = ((tile - 1) * layer.stride[axis] + layer.kernel_size - 1 - padding) // spread
-            if choice.sweep == "patterns" and tile >= layer.out_size[axis]:
+            if choice.sweep != "taps" and tile >= layer.out_size[axis]:
                 start, last = max(start, 0), min(last, layer.in_size[axis] - 1)
             axes.append((start, max(1, last - start + 1), -padding - start * spread))
         (start_h, size_h, origin_h), (start_w, size_w, origin_w) = axes
@@ -123,7 +126,7 @@ def prepare(layer: Layer, blocks: int, choice: Choice) -> Prepared:
     if choice.sweep == "taps":
         return _prepare_taps(layer, blocks, choice)
     try:
-        return _prepare_patterns(layer, blocks, choice)
+        return {"filters": _prepare_filters, "channels": _prepare_channels}[choice.sweep](layer, blocks, choice)
     except BackendUnavailable as error:
         _warn_once(str(error))
         return _prepare_taps(layer, blocks, replace(choice, sweep="taps", tile=taps_tile(layer)))
@@ -173,8 +176,8 @@ def _prepare_taps(layer: Layer, blocks: int, choice: Choice) -> Prepared:
     })  # fmt: skip
 
 
-def _prepare_patterns(layer: Layer, blocks: int, choice: Choice) -> Prepared:
-    """Lay out a pass whose records are kernels, in runs of one pattern."""
+def _prepare_filters(layer: Layer, blocks: int, choice: Choice) -> Prepared:
+    """Lay out a pass whose records are kernels, by filter in runs of one pattern."""
     window, structure = Window.of(layer, choice), _structure(layer, blocks, choice)
     group = min(choice.group, len(layer.patterns))
     found = reorder(layer, choice.channel_block, group, structure.part)
@@ -182,7 +185,8 @@ def _prepare_patterns(layer: Layer, blocks: int, choice: Choice) -> Prepared:
     starts = np.concatenate((np.append(0, ends[:-1, -1])[:, None], ends), axis=1)
     channel = found.kernels.channels % choice.channel_block
     structure.phases, structure.record_weights, structure.whole_tiles = 1, layer.entries, 0
-    structure.groups, structure.patterns = -(-len(layer.patterns) // group), group
+    structure.groups = -(-len(layer.patterns) // group)
+    structure.part_runs, structure.list_runs = structure.part * group, layer.filters * group
     structure.reversed, structure.records = layer.reversed, len(channel)
     return Prepared(structure, {
         "order": found.order.astype(np.int32),
@@ -190,6 +194,34 @@ def _prepare_patterns(layer: Layer, blocks: int, choice: Choice) -> Prepared:
         "runs": found.runs.astype(np.uint8),
         "offsets": (channel * (choice.tile[0] * window.pixels * LANES)).astype(np.int32),
         "gather": (found.kernels.numbers * layer.entries).astype(np.int32),
+        "sweeps": _specialised_sweeps(layer, blocks, choice, window),
+    })  # fmt: skip
+
+
+def _prepare_channels(layer: Layer, blocks: int, choice: Choice) -> Prepared:
+    """Lay out a pass whose records are kernels, by part of the filters and by channel in runs of one pattern."""
+    window, structure = Window.of(layer, choice), _structure(layer, blocks, choice)
+    sums, patterns = math.prod(choice.tile) * LANES, len(layer.patterns)
+    structure.part = min(structure.part, max(MIN_PART, SUMS_FLOATS // sums), MAX_RUN)
+    parts = -(-layer.filters // structure.part)
+    kernels = layer.kernels
+    block, part = kernels.channels // choice.channel_block, kernels.filters // structure.part
+    kernels = kernels[np.lexsort((kernels.filters, kernels.patterns, kernels.channels, part, block))]
+    block, channel = np.divmod(kernels.channels, choice.channel_block)
+    item = block * parts + kernels.filters // structure.part
+    shape = (structure.channel_blocks * parts, choice.channel_block, patterns)
+    runs = np.bincount((item * shape[1] + channel) * patterns + kernels.patterns, minlength=math.prod(shape))
+    starts = np.zeros((structure.channel_blocks, layer.filters + 1), np.int64)
+    starts[:, : -1 : structure.part] = np.searchsorted(item, np.arange(shape[0])).reshape(-1, parts)
+    structure.phases = structure.groups = structure.keeps_sums = 1
+    structure.record_weights, structure.reversed, structure.records = layer.entries, layer.reversed, len(channel)
+    structure.part_runs, structure.list_runs = math.prod(shape[1:]), parts * math.prod(shape[1:])
+    return Prepared(structure, {
+        "order": np.zeros(structure.channel_blocks * layer.filters, np.int32),  # filters stay where they are
+        "starts": starts,
+        "runs": runs.astype(np.uint8),
+        "offsets": (kernels.filters * sums).astype(np.int32),
+        "gather": (kernels.numbers * layer.entries).astype(np.int32),
         "sweeps": _specialised_sweeps(layer, blocks, choice, window),
     })  # fmt: skip
 
@@ -207,7 +239,7 @@ def _structure(layer: Layer, blocks: int, choice: Choice) -> Pass:
         start_h=window.start[0], start_w=window.start[1],
         stride_h=layer.stride[0], stride_w=layer.stride[1], spread_h=layer.spread[0], spread_w=layer.spread[1],
         channel_block=choice.channel_block, channel_blocks=-(-layer.channels // choice.channel_block),
-        part=-(-layer.filters // parts), streaming=choice.sweep == "patterns" and streams(layer, blocks, choice.tile),
+        part=-(-layer.filters // parts), streaming=choice.sweep != "taps" and streams(layer, blocks, choice.tile),
     )  # fmt: skip
 
 
@@ -266,10 +298,11 @@ def _specialised_sweeps(layer: Layer, blocks: int, choice: Choice, window: Windo
     """Return the address of the sweep of each group and tile, compiled if need be."""
     shapes = tile_shapes(layer, blocks, choice, window)
     distinct = tuple(sorted(set(shapes), key=str))
-    group = min(choice.group, len(layer.patterns))
+    assert choice.sweep != "taps"
+    group = len(layer.patterns) if choice.sweep == "channels" else min(choice.group, len(layer.patterns))
     spec = SweepSpec(
-        instruction_set(), layer.kernel_size, layer.patterns, group, layer.stride, layer.spread, window.origin,
-        window.size[0], window.pitch, choice.tile[0],
+        choice.sweep, instruction_set(), layer.kernel_size, layer.patterns, group, layer.stride, layer.spread,
+        window.origin, window.size[0], window.pitch, choice.tile,
     )  # fmt: skip
     addresses = iter(_addresses(spec, distinct))
     table: list[int] = []

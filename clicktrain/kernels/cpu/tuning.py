@@ -36,6 +36,7 @@ LEARNT_RUNS = 1024
 ROUNDS = 5
 _FMA_LATENCY = 4
 _SUMS = {"avx512": 24, "avx2": 10, "portable": 8}
+_WINDOW = {"avx512": 25}
 
 Tile = tuple[int, int, int]
 
@@ -97,19 +98,28 @@ def estimate(layer: Layer, blocks: int) -> Choice:
     if layer.kernel_size == 1 or len(layer.patterns) > MAX_PATTERNS:
         tile = taps_tile(layer)
         return Choice("taps", tile, _band(layer, tile), channel_block, group=1)
+    if max(layer.stride) > 1 and layer.spread == (1, 1) and (tiles := _window_tiles(layer)):
+        return Choice("channels", tiles[0], 1, channel_block, len(layer.patterns))
     tile = _by_cost(layer, blocks)[0]
-    return Choice("patterns", tile, _band(layer, tile), channel_block, _group(layer, channel_block))
+    return Choice("filters", tile, _band(layer, tile), channel_block, _group(layer, channel_block))
 
 
 def candidates(layer: Layer, blocks: int) -> list[Choice]:
     """Return the ways to cut up a pass that are worth measuring, the estimate first."""
     first = estimate(layer, blocks)
     found = [first]
-    if first.sweep == "patterns":
-        found += [replace(first, tile=tile, band=_band(layer, tile)) for tile in _by_cost(layer, blocks)[:3]]
+    if first.sweep != "taps":
+        group = _group(layer, first.channel_block)
+        filters = [
+            Choice("filters", tile, _band(layer, tile), first.channel_block, group)
+            for tile in _by_cost(layer, blocks)[:3]
+        ]
+        found += [*filters, *(replace(filters[0], group=group) for group in (2, len(layer.patterns)))]
+        found += [
+            Choice("channels", tile, 1, first.channel_block, len(layer.patterns)) for tile in _window_tiles(layer)[:1]
+        ]
         tile = taps_tile(layer)
         found.append(Choice("taps", tile, _band(layer, tile), first.channel_block, group=1))
-        found += [replace(first, group=group) for group in (2, len(layer.patterns))]
     found += [replace(first, channel_block=c) for c in (32, 128) if c < layer.channels]
     return list(dict.fromkeys(found))
 
@@ -143,7 +153,7 @@ def _parsed(key: str, fields: Mapping[str, Any]) -> Choice:
             f"choice {key}={fields!r}: expected sweep, tile, band, channel_block and group"
         ) from error
     if (
-        choice.sweep not in ("patterns", "taps")
+        choice.sweep not in ("filters", "channels", "taps")
         or min(b, r, c, choice.band, choice.group) < 1
         or not 1 <= choice.channel_block < 256
     ):
@@ -190,6 +200,20 @@ def _tiles(layer: Layer, blocks: int) -> list[Tile]:
         if b * r * u * c * v <= limit and b <= max(1, blocks) and (r - 1) * u < height and (c - 1) * v < width
     ]
     return tiles or [(1, u, v)]
+
+
+def _window_tiles(layer: Layer) -> list[Tile]:
+    """Return the tiles whose window fits into the registers beside weights and sums, the largest first."""
+    (s, t), k = layer.stride, layer.kernel_size
+    tiles = [
+        (1, r, c)
+        for r, c in product((1, 2, 3, 4), repeat=2)
+        if ((r - 1) * s + k) * ((c - 1) * t + k) <= _WINDOW.get(instruction_set(), 0)
+        and r <= layer.out_size[0]
+        and c <= layer.out_size[1]
+        and layer.spread == (1, 1)
+    ]
+    return sorted(tiles, key=lambda tile: (tile[1] * tile[2], tile[2]), reverse=True)
 
 
 def _by_cost(layer: Layer, blocks: int) -> list[Tile]:
