@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from clicktrain.assignment import Assignment
 from clicktrain.config import RunConfig
 from clicktrain.flops import accountings, compressions, conv_macs, layer_costs, pruned
+from clicktrain.layers import PatternConv2d
+from clicktrain.patterns import PRUNED
 from clicktrain.schedule import Stages
 from clicktrain.training.loop import Trainer
 from clicktrain.training.metrics import read_metrics
@@ -45,6 +50,28 @@ def size_figures(trainer: Trainer, network: nn.Module) -> Record:
             "kept": sum(layer.kept + layer.bias for layer in pruned(layers, kept)),
         },
     }
+
+
+def layer_records(trainer: Trainer, network: nn.Module) -> list[Record]:
+    """Return the weights of each convolution of the dense network, and how many of them exist in the final one."""
+    layers = pruned(trainer.layers, kept_weights(trainer, network))
+    return [
+        {"name": layer.name, "weights": layer.weights, "kept": layer.kept} for layer in layers if layer.kind == "conv"
+    ]
+
+
+def pattern_records(network: nn.Module) -> list[Record]:
+    """Return the patterns of 3x3 kernels, the most frequent first: kept positions, and kernels that use them."""
+    count: Counter[tuple[int, ...]] = Counter()
+    for module in network.modules():
+        if isinstance(module, PatternConv2d) and module.kernel_size == (3, 3):
+            count.update(_pattern_counts(module.get_assignment()))
+    return [{"kept": list(kept), "kernels": kernels} for kept, kernels in count.most_common()]
+
+
+def _pattern_counts(assignment: Assignment) -> dict[tuple[int, ...], int]:
+    used = torch.bincount(assignment.index[assignment.index != PRUNED], minlength=len(assignment.pool)).tolist()
+    return {pattern.kept: kernels for pattern, kernels in zip(assignment.pool, used, strict=True)}
 
 
 def _finite(ratio: float) -> float | None:
@@ -89,6 +116,8 @@ def summarise(
         "accuracy": {key: epoch and epoch["test_accuracy"] for key, epoch in chosen.items()},
         "val_accuracy": {key: epoch and epoch["val_accuracy"] for key, epoch in chosen.items()},
         **size_figures(trainer, network),
+        "layers": layer_records(trainer, network),
+        "patterns": pattern_records(network),
         "training_flops": {
             "used": cost.flops,
             "dense": cost.dense_flops,

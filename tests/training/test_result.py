@@ -6,7 +6,14 @@ import pytest
 from torch import nn
 
 from clicktrain.training import Trainer, build
-from clicktrain.training.result import chosen_epochs, kept_weights, size_figures, stage_times
+from clicktrain.training.result import (
+    chosen_epochs,
+    kept_weights,
+    layer_records,
+    pattern_records,
+    size_figures,
+    stage_times,
+)
 from tests.helpers import toy
 
 
@@ -89,3 +96,22 @@ def test_masks_go_before_the_layers_they_belong_to() -> None:
     kept = kept_weights(trainer, trainer.method.finish())
     assert {name: kept[name] for name in masks} == {name: int(mask.sum()) for name, mask in masks.items()}
     assert size_figures(trainer, trainer.method.finish())["compression"]["paper"] == pytest.approx(2.5, rel=0.05)
+
+
+def test_layers_and_patterns_of_the_final_network_are_recorded() -> None:
+    trainer = Trainer(build(toy.clicktrain_config(), 0))
+    list(trainer.records())
+    network = trainer.method.finish()
+    layers, patterns = layer_records(trainer, network), pattern_records(network)
+    assert [layer["name"] for layer in layers] == ["0", "3", "7"]
+    selected = trainer.method.selection
+    assert [layer["kept"] for layer in layers] == [36, *(choice.kept.kept_weights for choice in selected.values())]
+    assert sum(entry["kernels"] for entry in patterns) == sum(choice.kept.kept_kernels for choice in selected.values())
+    assert {tuple(entry["kept"]) for entry in patterns} == {pattern.kept for pattern in selected["3"].kept.pool}
+    assert [entry["kernels"] for entry in patterns] == sorted((entry["kernels"] for entry in patterns), reverse=True)
+
+
+def test_a_dense_network_has_no_patterns() -> None:
+    trainer = Trainer(build(toy.config(), 0))
+    assert pattern_records(trainer.method.model) == []
+    assert all(layer["kept"] == layer["weights"] for layer in layer_records(trainer, trainer.method.model))
