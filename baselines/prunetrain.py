@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from baselines.shrinking import Shrinking
+from clicktrain import distributed
 from clicktrain.errors import InvalidArgument
 from clicktrain.flops import FLOPS_PER_MAC, layer_costs
 from clicktrain.method import Batches
@@ -140,11 +141,11 @@ class PruneTrain(Shrinking):
 
     def _choose_strength(self, x: Tensor, y: Tensor) -> float:
         """Return lambda so that the penalty is `ratio` of the loss on a batch; the model is left as it was."""
-        self._extra_flops += self._forward_flops * len(x)
+        self._extra_flops += self._forward_flops * int(distributed.total(len(x)))
         probe = copy.deepcopy(self.model).train()
         with torch.random.fork_rng(), torch.no_grad():
-            loss = float(F.cross_entropy(probe(x), y))
-            return self.ratio * loss / (float(self.lasso()) * (1 - self.ratio))
+            (loss,) = distributed.averaged([F.cross_entropy(probe(x), y)], len(x))
+            return self.ratio * float(loss) / (float(self.lasso()) * (1 - self.ratio))
 
     def _by_input(self, name: str, values: Tensor) -> Tensor:
         """Return values of a layer's weight as (input channels, all others)."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from clicktrain import distributed
 from clicktrain.assignment import Assignment, Ranking
 from clicktrain.conversion import convert
 from clicktrain.errors import ClickTrainError, InvalidArgument
@@ -288,7 +289,9 @@ class ClickTrain(Method):
         """Measure importance on batches of the loader, then choose pool, budget and assignment."""
         weights = {name: conv.weight for name, conv in self._convs.items()}
         scores = measure(self.model, weights, self._counted(islice(iter(loader), self.batches)), self.score)
-        self._take(select(scores, self._costs, self._expanded()))
+        selection = select(scores, self._costs, self._expanded())
+        distributed.check_equal("the assignment", _content(selection))
+        self._take(selection)
         self._lambda = self._strength(len(loader))
 
     def _expanded(self) -> Sparsity:
@@ -301,7 +304,7 @@ class ClickTrain(Method):
     def _counted(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
         per_image = 3 * FLOPS_PER_MAC * sum(cost.macs for cost in self._costs)
         for x, y in batches:
-            self._extra_flops += per_image * len(x)
+            self._extra_flops += per_image * int(distributed.total(len(x)))
             if not self.batch_sizes:  # no trainer said, and later batches will hardly be larger
                 self.batch_sizes = (len(x),)
             yield x, y
@@ -332,6 +335,12 @@ class ClickTrain(Method):
         """Measure, where asked for; a resumed run has its choices from the checkpoint."""
         if self.tune and self.batch_sizes:
             tune(self.model, (max(self.batch_sizes), *self._image_shape), backend=self.backend)
+
+
+def _content(selection: Mapping[str, LayerSelection]) -> Iterator[bytes]:
+    """Return what identifies a selection, for a hash."""
+    for name, layer in selection.items():
+        yield f"{name} {layer.patterns.digest()} {layer.kept.digest()}".encode()
 
 
 def _pack(layer: LayerSelection) -> dict[str, Tensor]:

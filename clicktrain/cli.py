@@ -39,8 +39,9 @@ def main(args: list[str] | None = None) -> NoReturn:
 
 
 def _fail(message: str) -> NoReturn:
-    """Print one line and exit."""
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    """Print one line, once for all processes of a run, and exit."""
+    if os.environ.get("RANK", "0") == "0":
+        print("error:", " ".join(message.split()), file=sys.stderr)
     sys.exit(USER_ERROR)
 
 

@@ -27,5 +27,9 @@ class BackendUnavailable(ClickTrainError, RuntimeError):
     """A compute backend that was asked for by name cannot run here; the message says why."""
 
 
+class OutOfStep(ClickTrainError):
+    """Processes that train one network no longer agree on it."""
+
+
 class DivergedError(ClickTrainError):
     """The loss became NaN or infinite."""

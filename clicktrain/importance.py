@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clicktrain import distributed
 from clicktrain.errors import InvalidArgument
 
 Score = Literal["taylor", "magnitude"]
@@ -37,7 +38,8 @@ def measure(
 
     The model runs in training mode as in an ordinary step, but weights, gradients, BatchNorm statistics and
     random states are left as they were. Taylor scores are the mean over batches of (w * g_batch)**2, with g
-    the gradient of the criterion alone, no penalty.
+    the gradient of the criterion alone, no penalty. Where several processes train together, each measures on
+    its share of a batch, and the gradients are averaged before they are squared.
 
     Parameters
     ----------
@@ -66,7 +68,8 @@ def measure(
     with _left_as_found(model):
         for x, y in batches:
             loss = criterion(model(x), y)
-            gradients = torch.autograd.grad(loss, list(weights.values()))
+            own = torch.autograd.grad(loss, list(weights.values()))
+            gradients = distributed.averaged(own, len(x))
             for total, weight, gradient in zip(totals.values(), weights.values(), gradients, strict=True):
                 total += taylor(weight.detach(), gradient)
             count += 1

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from clicktrain import distributed
+
 PACKAGES = ("clicktrain", "torch", "torchvision", "numpy", "fvcore", "pydantic", "cupy-cuda12x", "cupy-cuda13x")
 """Distributions whose versions are recorded; one that is absent is left out."""
 
@@ -55,6 +57,7 @@ def collect(
         "platform": platform.platform(),
         "cpu": {"model": _guarded(_cpu_model), "cores": os.cpu_count(), "usable": len(os.sched_getaffinity(0))},
         "gpu": _guarded(_gpu),
+        "distributed": {"processes": distributed.processes()} if distributed.processes() > 1 else None,
         "threads": {"torch": torch.get_num_threads(), "interop": torch.get_num_interop_threads()},
         "concurrency": {"declared": concurrent_runs, "load": _guarded(lambda: list(os.getloadavg()))},
         "seed": seed,

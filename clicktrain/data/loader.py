@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from clicktrain import distributed
 from clicktrain.data.seeding import derived_generator
 from clicktrain.data.splits import Draw, Split
 from clicktrain.errors import InvalidArgument
@@ -36,6 +37,8 @@ class Loader:
         Where the batches are.
     drop_last : bool
         Leave out a last batch that is not full.
+    shared : bool
+        Give of each batch the share of this process, see `clicktrain.distributed`.
 
     Raises
     ------
@@ -55,6 +58,7 @@ class Loader:
         augment: str = "none",
         device: torch.device | str = "cpu",
         drop_last: bool = False,
+        shared: bool = False,
     ) -> None:
         _check(split, batch_size, train, augment, mean, std)
         self.split = split.to(device)
@@ -63,6 +67,7 @@ class Loader:
         self.seed = seed
         self.epoch = 0
         self.device = torch.device(device)
+        self._shared = shared
         self._augment = train and augment != "none"
         self._length = len(split) // batch_size if drop_last else -(-len(split) // batch_size)
         deviation = torch.tensor(std).view(-1, 1, 1)
@@ -76,6 +81,10 @@ class Loader:
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
         return self._length
+
+    def images(self, batch: int) -> int:
+        """Return the number of images in a batch of an epoch, those of all processes together."""
+        return min(self.batch_size, len(self.split) - batch * self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self.batches()
@@ -107,7 +116,7 @@ class Loader:
         for batch in range(start, len(self)):
             indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             generator = derived_generator("augment", self.seed, epoch, batch) if self._augment else None
-            yield Draw(indices, generator)
+            yield Draw(indices, generator, distributed.share(len(indices)) if self._shared else slice(None))
 
     def _order(self, epoch: int) -> Tensor:
         if not self.train:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
 import torch
@@ -24,10 +24,13 @@ class Draw:
         Which images, on the CPU.
     generator : torch.Generator, optional
         Source of the augmentation's random numbers; without it the images come as they are.
+    part : slice
+        Which images of the batch are given, augmented as if all were.
     """
 
     indices: Tensor
     generator: torch.Generator | None = None
+    part: slice = field(default_factory=lambda: slice(None))
 
 
 class Split(ABC):
@@ -107,7 +110,7 @@ class ArraySplit(Split):
             images = self.images[indices]
             if draw.generator is not None:
                 images = crop_flip(images, draw.generator)
-            yield images, self.labels[indices]
+            yield images[draw.part], self.labels[indices][draw.part]
 
     def subset(self, indices: Tensor) -> Self:
         """Return the split of the images at `indices`."""

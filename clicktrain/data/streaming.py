@@ -70,7 +70,7 @@ class FolderSplit(Split):
         pending: deque[tuple[_Images, Tensor]] = deque()
         try:
             for draw in draws:
-                pending.append((self._start(pool, draw), self.labels[draw.indices]))
+                pending.append((self._start(pool, draw), self.labels[draw.indices][draw.part]))
                 if len(pending) > _AHEAD:
                     yield _finish(*pending.popleft())
             while pending:
@@ -93,12 +93,12 @@ class FolderSplit(Split):
             yield f"{name}\0{os.path.getsize(path)}\0".encode()
 
     def _start(self, pool: ThreadPoolExecutor, draw: Draw) -> _Images:
-        paths = [self.root / self.names[i] for i in draw.indices.tolist()]
+        paths = [self.root / self.names[i] for i in draw.indices[draw.part].tolist()]
         if draw.generator is None:
             return [pool.submit(central_part, path, self.image_size) for path in paths]
         # drawn here and not by the threads, whose order is left to chance
-        shape = (len(paths), RESIZED_CROP_DRAWS + 1)
-        rows = torch.rand(shape, generator=draw.generator, dtype=torch.float64).numpy()
+        shape = (len(draw.indices), RESIZED_CROP_DRAWS + 1)
+        rows = torch.rand(shape, generator=draw.generator, dtype=torch.float64)[draw.part].numpy()
         return [pool.submit(random_part, path, self.image_size, row) for path, row in zip(paths, rows, strict=True)]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from clicktrain import kernels
+from clicktrain import distributed, kernels
 from clicktrain.data import Loader, Split
 from clicktrain.errors import DivergedError, InvalidArgument
 from clicktrain.flops import layer_costs
@@ -80,7 +80,12 @@ class Trainer:
         self.meter = CostMeter(self.layers)
         self._stepper = Stepper(session, self.meter)
         self.method.seed, self.method.lr_at = session.seed, self.timeline.lr
-        self.method.batch_sizes = _sizes(self._loaders)
+        sizes = _sizes(self._loaders)
+        if sizes[0] < distributed.processes():
+            raise InvalidArgument(
+                f"a batch of {sizes[0]} images cannot be shared out to {distributed.processes()} processes"
+            )
+        self.method.batch_sizes = sorted({len(range(size)[distributed.share(size)]) for size in sizes})
         self.method.eval_batch_sizes = _sizes(session.eval_loader(split) for split in session.eval_splits)
         model = use_channels_last(session.model) if channels_last else session.model
         optimizer = build_optimizer(model, session.config.train, self.timeline.phases[phase])
@@ -210,7 +215,8 @@ class Trainer:
             stage = method.stage
             lr = self.timeline.lr(position.epoch + position.batch / len(loader))
             set_lr(method.optimizer, lr)
-            loss, penalty = self._stepper.step(x, y, position.epoch, position.batch)
+            images = loader.images(position.batch)
+            loss, penalty = self._stepper.step(x, y, position.epoch, position.batch, images)
             if not math.isfinite(loss + penalty):
                 raise DivergedError(
                     f"the loss is {loss + penalty} in step {position.step} (epoch {position.epoch}, lr {lr:g})"
@@ -219,8 +225,8 @@ class Trainer:
             step = {"kind": "step", "epoch": position.epoch, "step": position.step, "stage": stage}
             position.batch += 1
             position.step += 1
-            position.images += len(x)
-            position.loss_sum += loss * len(x)
+            position.images += images
+            position.loss_sum += loss * images
             position.train_seconds += seconds
             yield {**step, "loss": loss, "penalty": penalty, "lr": lr, "seconds": seconds}
             start = time.perf_counter()
@@ -228,6 +234,7 @@ class Trainer:
     def _finish_epoch(self) -> Record:
         position, method, session = self.position, self.method, self.session
         self.meter.add_extra(method)
+        distributed.check_equal("the weights", distributed.content(method.model.parameters()))
         start = time.perf_counter()
         position.epoch, position.batch = position.epoch + 1, 0
         due = position.epoch % session.config.train.eval_every == 0 or self.is_done
@@ -238,8 +245,8 @@ class Trainer:
             "phase": self.timeline.phases[position.phase].name,
             "lr": method.optimizer.param_groups[0]["lr"],
             "train_loss": position.loss_sum / position.images,
-            "val_accuracy": self.evaluate(session.validation) if due else None,
-            "test_accuracy": self.evaluate(session.test) if due else None,
+            "val_accuracy": distributed.from_first(lambda: self.evaluate(session.validation)) if due else None,
+            "test_accuracy": distributed.from_first(lambda: self.evaluate(session.test)) if due else None,
             "train_seconds": position.train_seconds,
             "select_seconds": position.select_seconds,
             "eval_seconds": time.perf_counter() - start,

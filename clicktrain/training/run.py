@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
-from clicktrain import provenance
+from clicktrain import distributed, provenance
 from clicktrain.config import RunConfig
 from clicktrain.errors import CheckpointError, ClickTrainError, DivergedError, InvalidArgument
 from clicktrain.training.callbacks import Callback, CallbackList, TensorBoard
@@ -39,6 +41,10 @@ def train(
 
     Killed at any moment and called again with the same arguments, a run on a CPU ends with the same bits as
     one that was never killed. Called on a finished run, it returns its result and does nothing.
+
+    Started in several processes by torchrun, they train one network together, see `clicktrain.distributed`: each
+    computes on its share of every batch, and the first one writes the files. A run may go on in any other number of
+    processes.
 
     Parameters
     ----------
@@ -72,35 +78,116 @@ def train(
         The configuration cannot work here, the directory holds another run or cannot be written, every
         checkpoint is damaged, the run to begin from shares no epoch with this one, or the loss diverged.
     """
-    directory = RunDirectory(out)
-    watch = CallbackList([console_progress()] if callbacks is None else callbacks)
-    if config.train.tensorboard:
-        watch = CallbackList([watch, TensorBoard(directory.tensorboard)])
-    with directory.claim():
-        known = directory.enroll(config, seed)
-        result = directory.read_result()
-        if result is not None:
+    with distributed.group():
+        if distributed.rank() > 0:
+            return _follow(config, seed)
+        directory = RunDirectory(out)
+        watch = CallbackList([console_progress()] if callbacks is None else callbacks)
+        if config.train.tensorboard:
+            watch = CallbackList([watch, TensorBoard(directory.tensorboard)])
+        with ExitStack() as held:
+            try:
+                held.enter_context(directory.claim())
+                found, session = _find(config, seed, directory, watch, concurrent_runs, begin_from, or_from_start)
+            except (ClickTrainError, OSError) as error:
+                distributed.send(_Found(error=error))
+                raise
+            distributed.send(found)
+            if session is not None:
+                return distributed.send(_lead(session, directory, watch, found, keep_epochs))
             watch.on_note(f"{directory.path}: this run is done, nothing left to do")
-            return result
-        session = build(config, seed)
-        origin = provenance.collect(
-            seed=seed, data_fingerprint=session.data.fingerprint, concurrent_runs=concurrent_runs
-        )
-        state, start = _load(CheckpointStore(directory.checkpoints), watch), None
-        if begin_from is not None and state is None:
-            start = _start(lambda: take_over(session, begin_from, origin, watch.on_note), or_from_start, watch)
-        # what cannot work fails here, before the directory is taken
-        run = _Run(directory, session, watch, state or start, keep_epochs)
-        began_from = start.origin if start else None
-        if not known:
-            directory.begin(config, origin, began_from)
-        elif state:
-            directory.note_resumed(origin)
-        else:  # killed before its first checkpoint: where the run begins is decided now
-            directory.note_resumed(origin, began_from=began_from)
-        if config.data.eval_on == "test":
-            watch.on_note("the best epoch is chosen on the test set, as in the official code: optimistic")
-        return run.finish()
+            assert found.result is not None
+            return found.result
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the first process finds in the directory of a run, and tells the others.
+
+    Attributes
+    ----------
+    begin : dict, DenseStart or None
+        Checkpoint or other run from which training goes on; None: it begins.
+    origin : dict
+        Provenance of the first process.
+    is_known : bool
+        Whether the directory held the run before.
+    channels_last : bool
+        Memory format of a run that begins.
+    result : dict or None
+        Result of a run that is done.
+    error : Exception or None
+        Why the first process gives up.
+    """
+
+    begin: dict[str, Any] | DenseStart | None = None
+    origin: dict[str, Any] = field(default_factory=dict)
+    is_known: bool = False
+    channels_last: bool = False
+    result: dict[str, Any] | None = None
+    error: Exception | None = None
+
+
+def _find(
+    config: RunConfig,
+    seed: int,
+    directory: RunDirectory,
+    watch: Callback,
+    concurrent_runs: int | None,
+    begin_from: str | os.PathLike[str] | None,
+    or_from_start: bool,
+) -> tuple[_Found, Session | None]:
+    """Look where a run stands, and build what it is made of unless it is done."""
+    known = directory.enroll(config, seed)
+    if (result := directory.read_result()) is not None:
+        return _Found(result=result), None
+    session = build(config, seed)
+    origin = provenance.collect(seed=seed, data_fingerprint=session.data.fingerprint, concurrent_runs=concurrent_runs)
+    begin: dict[str, Any] | DenseStart | None = _load(CheckpointStore(directory.checkpoints), watch)
+    if begin_from is not None and begin is None:
+        begin = _start(lambda: take_over(session, begin_from, origin, watch.on_note), or_from_start, watch)
+    return _Found(begin, origin, known, channels_last=begin is None and _channels_last(session)), session
+
+
+def _lead(
+    session: Session, directory: RunDirectory, watch: Callback, found: _Found, keep_epochs: Collection[int]
+) -> dict[str, Any]:
+    """Train and write the files."""
+    # what cannot work fails here, before the directory is taken
+    run = _Run(directory, session, watch, found, keep_epochs)
+    began_from = found.begin.origin if isinstance(found.begin, DenseStart) else None
+    if not found.is_known:
+        directory.begin(session.config, found.origin, began_from)
+    elif isinstance(found.begin, dict):
+        directory.note_resumed(found.origin)
+    else:  # killed before its first checkpoint: where the run begins is decided now
+        directory.note_resumed(found.origin, began_from=began_from)
+    if session.config.data.eval_on == "test":
+        watch.on_note("the best epoch is chosen on the test set, as in the official code: optimistic")
+    return run.finish()
+
+
+def _follow(config: RunConfig, seed: int) -> dict[str, Any]:
+    """Train beside the first process, and write nothing."""
+    found: _Found = distributed.receive()
+    if found.error is not None:
+        raise found.error
+    if found.result is not None:
+        return found.result
+    trainer = _trainer(build(config, seed), found)
+    for _ in trainer.records():
+        pass
+    result: dict[str, Any] = distributed.receive()
+    return result
+
+
+def _trainer(session: Session, found: _Found) -> Trainer:
+    """Return the trainer that goes on from what was found."""
+    if isinstance(found.begin, DenseStart):
+        return Trainer.from_dense_state(session, found.begin.trainer)
+    if found.begin is None:
+        return Trainer(session, channels_last=found.channels_last)
+    return Trainer.from_state(session, found.begin["trainer"])
 
 
 def evaluate_run(out: str | os.PathLike[str], callback: Callback | None = None) -> dict[str, Any]:
@@ -151,9 +238,10 @@ class _Run:
         directory: RunDirectory,
         session: Session,
         watch: Callback,
-        begin: dict[str, Any] | DenseStart | None,
+        found: _Found,
         keep_epochs: Collection[int],
     ) -> None:
+        begin = found.begin
         self._started = time.perf_counter()
         self._directory, self._watch, self._config = directory, watch, session.config
         self._store = CheckpointStore(directory.checkpoints, session.config.train.keep)
@@ -161,14 +249,11 @@ class _Run:
         self._has_checkpoint = isinstance(begin, dict)
         self._taken_over: list[Record] = []
         self._earlier_seconds, self._metrics_bytes = 0.0, 0
+        self._trainer = _trainer(session, found)
         if isinstance(begin, DenseStart):
-            self._trainer = Trainer.from_dense_state(session, begin.trainer)
             self._taken_over = list(begin.records_of(self._trainer))
             self._earlier_seconds = begin.seconds
-        elif begin is None:
-            self._trainer = Trainer(session, channels_last=_channels_last(session))
-        else:
-            self._trainer = Trainer.from_state(session, begin["trainer"])
+        elif begin is not None:
             self._earlier_seconds, self._metrics_bytes = begin["seconds"], begin["metrics_bytes"]
         self._keep_epochs = _checked_epochs(keep_epochs, self._trainer.timeline.epochs)
 

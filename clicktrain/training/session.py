@@ -92,6 +92,7 @@ class Session:
             std=self.data.std,
             augment=augment,
             device=self.device,
+            shared=train,
         )
 
 

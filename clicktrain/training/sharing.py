@@ -26,7 +26,13 @@ from clicktrain.training.timeline import Timeline
 _HARMLESS = ("checkpoint_every", "keep", "tensorboard")
 """Fields of the section train that change no number."""
 
-_MACHINE = (("cpu", "model"), ("gpu", "model"), ("threads", "torch"), ("packages", "torch"))
+_MACHINE = (
+    ("cpu", "model"),
+    ("gpu", "model"),
+    ("threads", "torch"),
+    ("packages", "torch"),
+    ("distributed", "processes"),
+)
 """Where the provenance of a run says what could change bits or times between equal configurations."""
 
 

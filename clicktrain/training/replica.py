@@ -1,0 +1,63 @@
+"""The network of a run as it is called in training: plain in one process, in step with the others in several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from clicktrain import distributed
+from clicktrain.method import Method
+from clicktrain.training.seeding import seed_torch
+
+
+class Replica:
+    """Calls the network of a method.
+
+    In several processes that goes through `DistributedDataParallel`, which averages gradients as soon as there are
+    any, so that methods see averaged ones. It is built anew whenever the network has other parameters, as after the
+    hard prune. BatchNorm normalises each process's share of a batch on its own and keeps the first one's statistics.
+
+    Parameters
+    ----------
+    method : Method
+        Of which `model` is called.
+    """
+
+    def __init__(self, method: Method) -> None:
+        self._method = method
+        self._parallel: DistributedDataParallel | None = None
+        self._parameters: list[nn.Parameter] = []
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the logits of this process's images."""
+        network: nn.Module = self._method.model if distributed.processes() == 1 else self._in_step()
+        logits: Tensor = network(x)
+        return logits
+
+    def _in_step(self) -> DistributedDataParallel:
+        parameters = list(self._method.model.parameters())
+        same = len(parameters) == len(self._parameters) and all(map(_is, parameters, self._parameters))
+        if self._parallel is None or not same:
+            self._parallel = None  # first: its hooks on parameters that stay must be gone
+            self._parallel = DistributedDataParallel(self._method.model)
+            self._parameters = parameters
+        return self._parallel
+
+
+def _is(left: object, right: object) -> bool:
+    return left is right
+
+
+@contextmanager
+def own_randomness(*key: int) -> Iterator[None]:
+    """Let dropout differ between processes, and nothing else: what a method draws stays the same in all."""
+    if distributed.rank() == 0:
+        yield
+        return
+    with torch.random.fork_rng():
+        seed_torch("process", *key, distributed.rank())
+        yield
