@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -348,3 +349,25 @@ def test_eval_needs_a_run(tmp_path: Path) -> None:
     directory.begin(CONFIG, {"seed": 0})
     with pytest.raises(CheckpointError, match="holds no checkpoint yet"):
         evaluate_run(tmp_path)
+
+
+@pytest.mark.parametrize("writes", [1, 3, 6])
+def test_a_disk_that_fills_up_costs_no_more_than_what_it_could_not_hold(
+    tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    fsync, done = os.fsync, 0
+
+    def fill_up(handle: int) -> None:
+        nonlocal done
+        done += 1
+        if done > writes:
+            raise OSError(28, "No space left on device")
+        fsync(handle)
+
+    with monkeypatch.context() as full:
+        full.setattr("os.fsync", fill_up)
+        with pytest.raises((ClickTrainError, OSError), match="No space left on device"):
+            train(CONFIG, tmp_path, callbacks=[])
+    assert not (tmp_path / "result.json").exists()
+    assert train(CONFIG, tmp_path, callbacks=[])["status"] == "done"
+    assert fingerprint(tmp_path) == fingerprint(finished)
