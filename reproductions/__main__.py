@@ -1,18 +1,21 @@
-"""The command line: ``python -m reproductions run|status|report|retained|export``."""
+"""The command line: ``python -m reproductions run|status|report|retained|export|tables``."""
 
 from __future__ import annotations
 
 import signal
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from clicktrain.errors import ClickTrainError
-from reproductions import evidence, paths, preset, report, retained, terminal
+from clicktrain.errors import ClickTrainError, InvalidArgument
+from reproductions import evidence, paths, preset, report, retained, tables, terminal
+from reproductions.estimates import estimate
+from reproductions.executors import Local, Ray
 from reproductions.paths import StudyDirectory
-from reproductions.runner import Runner
+from reproductions.runner import Runner, select
 from reproductions.store import Study, load_study, state
 
 app = typer.Typer(
@@ -21,6 +24,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Run the paper's claims as experiments, and report what came out.",
 )
+
+
+class Where(StrEnum):
+    """Executors by name."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
 
 PresetName = Annotated[str, typer.Argument(metavar="PRESET", help="Name of a preset, or the path of a .toml file.")]
 StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="Name of a study in the results directory.")]
@@ -32,18 +43,37 @@ def run(
     name: PresetName,
     results: Results = paths.RESULTS,
     data: Annotated[str | None, typer.Option(help="Data set in place of the preset's own.")] = None,
-    jobs: Annotated[int, typer.Option(help="Runs at the same time; above 1, times decide nothing.")] = 1,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="CLAIM|METHOD[/SEED]", help='Some runs only; repeatable, as in "*/0".')
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs, their times and costs; run none.")] = False,
+    price: Annotated[float | None, typer.Option(help="Of an hour of the machine, for --dry-run.")] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Prove that all runs, in seconds; decides nothing.")] = False,
+    jobs: Annotated[int, typer.Option(help="Runs at the same time; claims about time allow one.")] = 1,
     shared: Annotated[bool, typer.Option("--shared", help="Other work runs beside: times decide nothing.")] = False,
     no_sharing: Annotated[
         bool, typer.Option("--no-sharing", help="Train every epoch of every run, also those equal to the dense run's.")
     ] = False,
-    only: Annotated[list[str] | None, typer.Option(help='METHOD or METHOD/SEED, as in "*/0".')] = None,
+    executor: Annotated[Where, typer.Option(help="Where runs go: this machine, or a Ray cluster.")] = Where.LOCAL,
+    gpus: Annotated[float | None, typer.Option(help="GPUs of a run on Ray; default: 1 where there are any.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Processes of each run, with torchrun.")] = 1,
 ) -> None:
     """Run a study from wherever it stands, then show and report it."""
     source = preset.find(name)
-    directory = StudyDirectory(results / source.stem)
-    loaded = preset.load(source, data)
-    runner = Runner(directory, loaded, jobs=jobs, exclusive=not shared, sharing=not no_sharing)
+    directory = StudyDirectory(results / (f"{source.stem}-smoke" if smoke else source.stem))
+    loaded = preset.load(source, data, smoke=smoke)
+    if dry_run:
+        estimates = estimate(directory, loaded, select(loaded, only or []), sharing=not no_sharing)
+        return terminal.console().print(terminal.estimates_table(estimates, jobs, price))
+    runner = Runner(
+        directory,
+        loaded,
+        jobs=jobs,
+        exclusive=not shared,
+        sharing=not no_sharing,
+        executor=Ray(jobs, gpus) if executor is Where.RAY else Local(),
+        processes=processes,
+    )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's way to interrupt
     try:
         failed = runner.run(only or [])
@@ -70,13 +100,36 @@ def status(name: StudyName, results: Results = paths.RESULTS) -> None:
 
 @app.command(name="report")
 def write_report(
-    name: StudyName,
+    name: Annotated[str, typer.Argument(metavar="STUDY", help="Name of a study in the results directory.")],
+    other: Annotated[str | None, typer.Argument(metavar="[OTHER]", help="With --compare: another one.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Show STUDY and OTHER side by side.")] = False,
     results: Results = paths.RESULTS,
     out: Annotated[Path | None, typer.Option(help="File to write; default: report.html in the study.")] = None,
 ) -> None:
-    """Show a study as it stands and write its report."""
+    """Show a study as it stands and write its report, or put two side by side."""
     directory = StudyDirectory(results / name)
-    _present(load_study(directory), out or directory.report)
+    if compare != (other is not None):
+        raise InvalidArgument("report: two studies and --compare go together, as in report --compare quick embedded")
+    if other is None:
+        return _present(load_study(directory), out or directory.report)
+    left, right = load_study(directory), load_study(StudyDirectory(results / other))
+    path = out or results / f"{name}-and-{other}.html"
+    output = terminal.console()
+    output.print(terminal.comparison_table(left, right))
+    report.write_comparison(left, right, path)
+    print(f"comparison: {path}")
+    return None
+
+
+@app.command(name="tables")
+def print_tables(
+    write: Annotated[bool, typer.Option("--write", help="Put them into the README of the project.")] = False,
+) -> None:
+    """Print the README's tables of results, as the stored evidence has them."""
+    if write:
+        tables.write(paths.README)
+    else:
+        print(tables.render())
 
 
 @app.command(name="retained")

@@ -1,10 +1,13 @@
-"""The paper's claims, as data."""
+"""The paper's claims, and what this suite adds to them, as data."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from typing import Literal
+
+from clicktrain import official
+from clicktrain.official import OfficialConfig
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,11 @@ class Claim:
         How far from the published range still counts as reproduced, in `unit`.
     better : {"higher", "lower"}
         Which way is better.
-    comparison : {"value", "saving", "difference", "ratio", "speedup"}
-        The figure itself; 100 * (1 - ours / rival); ours - rival; ours / rival; rival / ours. All but the
-        first are paired by seed. The first two are exact counts.
+    comparison : {"value", "mean", "saving", "difference", "ratio", "speedup"}
+        The figure itself, an exact count; the figure itself, which varies from seed to seed; 100 * (1 - ours /
+        rival), an exact count; ours - rival; ours / rival; rival / ours. All with a rival are paired by seed.
     rival : str or None
-        Name under which a preset's method lists the method it is compared with; None for "value".
+        Name under which a preset's method lists the method it is compared with; None for "value" and "mean".
     min_seeds : int
         Runs below which nothing is concluded.
     budget : str
@@ -45,6 +48,9 @@ class Claim:
         What a study must contain to check it.
     exclusive : bool
         Whether the figure is a time, which only counts when nothing else was running.
+    subject : str or None
+        Preset that a method must be trained with for the claim to be about it: one of ClickTrain's, or the
+        ``official:NAME@ROW`` of a run configuration. None: the claim is about every subject of a study.
     """
 
     id: str
@@ -55,19 +61,30 @@ class Claim:
     unit: str
     tolerance: float
     better: Literal["higher", "lower"]
-    comparison: Literal["value", "saving", "difference", "ratio", "speedup"]
+    comparison: Literal["value", "mean", "saving", "difference", "ratio", "speedup"]
     rival: str | None
     min_seeds: int
     budget: str
     needs: str
     hardware: Literal["any", "cuda"] = "any"
     exclusive: bool = False
+    subject: str | None = None
 
+    @property
+    def is_of_kernels(self) -> bool:
+        """Whether benchmarks of the kernels check it, and no training run."""
+        return self.metric == KERNEL_SPEEDUP
+
+
+KERNEL_SPEEDUP = "kernel_speedup"
+"""Metric of claims about kernels: see `reproductions.kernels`."""
 
 _ABSTRACT = "abstract, arXiv 2011.10170"
 _SUMMARY = "public summary of the paper, not checked against its tables"
 
-CLAIMS: tuple[Claim, ...] = (
+_GOAL = "goal of this suite"
+
+_CLAIMS = (
     Claim(
         id="end-to-end-time-vs-pat",
         statement="End-to-end time of pruning after training (PAT) falls by up to 2.3x",
@@ -206,21 +223,144 @@ CLAIMS: tuple[Claim, ...] = (
         needs="the same method with a fixed pool of equal size",
     ),
     Claim(
+        id="compression-vs-pdt",
+        statement="Compression is higher than that of pruning during training (PDT) in similar time",
+        published=(1.0, math.inf),
+        source=_ABSTRACT + " ('better'; no figure)",
+        metric="compression",
+        unit="x",
+        tolerance=0.0,
+        better="higher",
+        comparison="ratio",
+        rival="pdt",
+        min_seeds=3,
+        budget="small study: 3 seeds, hours on 2 cores",
+        needs="PruneTrain",
+    ),
+    Claim(
+        id="budget-vs-hand-made",
+        statement="Budgets shared out from one target give better accuracy than hand-made lists of ratios",
+        published=(0.0, math.inf),
+        source=_GOAL + "; the paper tunes the ratio of each layer by hand",
+        metric="accuracy",
+        unit="points",
+        tolerance=0.0,
+        better="higher",
+        comparison="difference",
+        rival="hand-made",
+        min_seeds=3,
+        budget="budgets study: 5 seeds, an hour on 2 cores",
+        needs="the same method with a list of ratios of equal compression",
+    ),
+    Claim(
+        id="fast-training-flops",
+        statement="Early sparse training (fast) saves at least as many training FLOPs as the paper's best, 45.2 %",
+        published=(45.2, math.inf),
+        source=_GOAL,
+        metric="training_flops",
+        unit="%",
+        tolerance=0.0,
+        better="higher",
+        comparison="saving",
+        rival="dense",
+        min_seeds=1,
+        budget="quick study: 10 minutes on 2 cores",
+        needs="ClickTrain with its preset fast",
+        subject="fast",
+    ),
+    Claim(
+        id="fast-accuracy",
+        statement="Early sparse training (fast) is within half a point of the dense network",
+        published=(0.0, 0.0),
+        source=_GOAL,
+        metric="accuracy",
+        unit="points",
+        tolerance=0.5,
+        better="higher",
+        comparison="difference",
+        rival="dense",
+        min_seeds=3,
+        budget="embedded study: 5 seeds, about 40 minutes on 2 cores",
+        needs="ClickTrain with its preset fast",
+        subject="fast",
+    ),
+    Claim(
+        id="fast-time",
+        statement="Sparse training is faster on the clock: fast takes at most 0.7 of the dense network's time",
+        published=(0.0, 0.7),
+        source=_GOAL,
+        metric="seconds",
+        unit="x",
+        tolerance=0.0,
+        better="lower",
+        comparison="ratio",
+        rival="dense",
+        min_seeds=3,
+        budget="embedded study: 5 seeds, about 40 minutes on 2 cores",
+        needs="ClickTrain with its preset fast",
+        exclusive=True,
+        subject="fast",
+    ),
+    Claim(
         id="kernel-speedup",
-        statement="Sparse convolutions are up to 4.5x faster than dense and sparse GEMM libraries",
+        statement="Sparse convolutions are up to 4.5x faster than dense and sparse GEMM libraries (GPU)",
         published=(4.5, 4.5),
         source=_SUMMARY,
-        metric="kernel_speedup",
+        metric=KERNEL_SPEEDUP,
         unit="x",
         tolerance=0.2,
         better="higher",
         comparison="value",
         rival=None,
         min_seeds=1,
-        budget="kernel benchmarks: minutes",
-        needs="the kernel benchmarks",
+        budget="python -m bench.gpu: 8 minutes",
+        needs="python -m bench.gpu",
+        hardware="cuda",
+        exclusive=True,
+    ),
+    Claim(
+        id="kernel-speedup-cpu",
+        statement="Sparse convolutions are up to 4.5x faster than the fastest dense ones (CPU)",
+        published=(4.5, 4.5),
+        source=_SUMMARY + "; there for unnamed hardware",
+        metric=KERNEL_SPEEDUP,
+        unit="x",
+        tolerance=0.2,
+        better="higher",
+        comparison="value",
+        rival=None,
+        min_seeds=1,
+        budget="python -m bench.cpu: 20 minutes",
+        needs="python -m bench.cpu",
         exclusive=True,
     ),
 )
+
+
+def _top1(config: OfficialConfig) -> Claim:
+    """Return the claim that a row of the released configurations makes: its best accuracy, at its compression."""
+    best = max(config.reported, key=lambda result: result.top1)
+    return Claim(
+        id=f"top1-{config.name}@{config.row}",
+        statement=f"{_DATA[config.dataset]} {config.model.upper()} at {config.row} reaches {best.top1:g} % top-1",
+        published=(best.top1, best.top1),
+        source=f"comment in the released configuration {config.name}, lambda {best.lam:g}: best epoch on the test set, "
+        "one run, no seed",
+        metric="accuracy_best",
+        unit="%",
+        tolerance=0.5,
+        better="higher",
+        comparison="mean",
+        rival=None,
+        min_seeds=3,
+        budget="paper study: 190 epochs and 3 seeds, on a GPU",
+        needs=f"a run of {config.address}",
+        subject=config.address,
+    )
+
+
+_DATA = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
+
+CLAIMS: tuple[Claim, ...] = (*_CLAIMS, *(_top1(config) for config in official.ROWS if config.reported))
 
 BY_ID = {claim.id: claim for claim in CLAIMS}

@@ -20,9 +20,11 @@ from clicktrain.training.rundir import RunDirectory
 
 PACKAGE = Path(__file__).parent
 CLONE = PACKAGE.parent
+README = CLONE / "README.md"
 PRESETS = PACKAGE / "presets"
 TEMPLATES = PACKAGE / "templates"
 EVIDENCE = PACKAGE / "evidence"
+BENCHMARKS = CLONE / "bench" / "evidence"
 RESULTS = Path("results")
 
 

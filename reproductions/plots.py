@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from reproductions import arithmetic
+from reproductions.claims import BY_ID
+from reproductions.kernels import Benchmark
+from reproductions.preset import MethodRow
 from reproductions.store import Run, Study
 from reproductions.summary import MethodSummary, summarize
 
 # Matplotlib knows only fixed colours: these stand-ins become variables of the page's style sheet.
 _INK, _GRID = "#010101", "#020202"
+_NARROW = 0.13  # of the widest bar: a stage that takes less has no room for its name
 SERIES = 8
 """Colours for methods, the style sheet's --series-0 and so on; from there on dashes and markers differ."""
 _DASHES, _MARKERS = ("-", "--", ":"), ("o", "s", "^")
@@ -46,19 +54,67 @@ _STYLE = {
 }
 
 
-def accuracy_over_time(study: Study) -> str:
+Rows = Sequence[MethodRow]
+"""Methods that are drawn together, in the order of their colours."""
+
+
+def accuracy_over_time(study: Study, rows: Rows) -> str:
     """Return test accuracy over training time; the first seed strong, the others faint, stage changes dotted."""
-    return _svg(study, "time", lambda axes: _draw_accuracy_over_time(axes, study))
+    return _svg(lambda axes: _draw_accuracy_over_time(axes, study, rows))
 
 
-def accuracy_over_compression(study: Study) -> str:
+def accuracy_over_compression(study: Study, rows: Rows) -> str:
     """Return mean test accuracy over compression, with the standard deviation over seeds."""
-    return _svg(study, "compression", lambda axes: _draw_accuracy_over_compression(axes, study))
+    draw = lambda axes: _draw_trade_off(axes, study, rows, "compression")  # noqa: E731
+    return _svg(lambda axes: (draw(axes), _log_axis(axes, "compression (convolution weights / kept)")))
 
 
-def seconds_by_stage(study: Study) -> str:
+def accuracy_against_time(study: Study, rows: Rows) -> str:
+    """Return mean test accuracy over the time of the whole training, with the standard deviation over seeds."""
+    draw = lambda axes: _draw_trade_off(axes, study, rows, "seconds")  # noqa: E731
+    return _svg(lambda axes: (draw(axes), axes.set_xlabel("time of the training, seconds")))
+
+
+def seconds_by_stage(study: Study, rows: Rows) -> str:
     """Return the training time of each method, stacked by stage, mean over seeds."""
-    return _svg(study, "stages", lambda axes: _draw_seconds_by_stage(axes, study))
+    return _svg(lambda axes: _draw_by_stage(axes, study, rows, _stage_seconds, "training time by stage, seconds"))
+
+
+def flops_by_stage(study: Study, rows: Rows) -> str:
+    """Return the training FLOPs of each method, stacked by stage, mean over seeds."""
+    return _svg(lambda axes: _draw_by_stage(axes, study, rows, _stage_tflops, "training TFLOPs by stage"))
+
+
+def layer_density(study: Study, rows: Rows) -> str | None:
+    """Return how much each method keeps of each layer, mean over seeds; None where no result tells."""
+    kept = {row.name: _kept_by_layer(study, row) for row in rows}
+    if not any(kept.values()):
+        return None
+    return _svg(lambda axes: _draw_layer_density(axes, rows, kept))
+
+
+def kernel_bars(benchmark: Benchmark) -> str:
+    """Return how many times faster than the fastest library each layer is, with the others and the claim as marks."""
+    height = 1.2 + 0.2 * len(benchmark.layers)
+    return _svg(lambda axes: _draw_kernel_bars(axes, benchmark), (7.2, height))
+
+
+def accountings() -> str:
+    """Return the training FLOPs saved by each released configuration, by schedule and accounting."""
+    return _svg(_draw_accountings)
+
+
+def run_accuracy(run: Run) -> str:
+    """Return validation and test accuracy of a run by epoch."""
+    return _svg(lambda axes: _draw_run_accuracy(axes, run))
+
+
+def run_layers(run: Run) -> str | None:
+    """Return how much a run keeps of each layer; None where its result does not tell."""
+    layers = run.result.get("layers")
+    if not layers:
+        return None
+    return _svg(lambda axes: _draw_run_layers(axes, layers), (5.2, 1 + 0.18 * len(layers)))
 
 
 def _look(index: int) -> tuple[str, str, str]:
@@ -67,8 +123,8 @@ def _look(index: int) -> tuple[str, str, str]:
     return _SERIES[index % SERIES], _DASHES[turn], _MARKERS[turn]
 
 
-def _draw_accuracy_over_time(axes: Axes, study: Study) -> None:
-    for index, row in enumerate(study.preset.methods):
+def _draw_accuracy_over_time(axes: Axes, study: Study, rows: Rows) -> None:
+    for index, row in enumerate(rows):
         color, dashes, marker = _look(index)
         for number, run in enumerate(study.of(row.name)):
             records = [record for record in run.epochs if record["test_accuracy"] is not None]
@@ -103,22 +159,26 @@ def _focus_on_top(axes: Axes) -> None:
         axes.set_ylim(bottom=max(0.0, best - 4 * max(best - median, 0.5)))
 
 
-def _draw_accuracy_over_compression(axes: Axes, study: Study) -> None:
-    for index, summary in enumerate(summarize(study)):
-        if summary.n:
-            _draw_point(axes, index, summary)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:g}x")
-    axes.set_xlabel("compression (convolution weights / kept)")
+def _draw_trade_off(axes: Axes, study: Study, rows: Rows, figure: str) -> None:
+    names = [row.name for row in rows]
+    for summary in summarize(study):
+        if summary.n and summary.row.name in names:
+            _draw_point(axes, names.index(summary.row.name), summary, figure)
     axes.set_ylabel("test accuracy, %")
     _legend(axes, "best")
 
 
-def _draw_point(axes: Axes, index: int, summary: MethodSummary) -> None:
-    accuracy, compression = summary.figures["accuracy"], summary.figures["compression"]
+def _log_axis(axes: Axes, label: str) -> None:
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}x")
+    axes.set_xlabel(label)
+
+
+def _draw_point(axes: Axes, index: int, summary: MethodSummary, figure: str) -> None:
+    accuracy, other = summary.figures["accuracy"], summary.figures[figure]
     color, _, marker = _look(index)
     error = accuracy.std if summary.n > 1 else None
-    place = compression.mean, accuracy.mean, error
+    place = other.mean, accuracy.mean, error
     axes.errorbar(*place, fmt=marker, capsize=3, color=color, label=summary.row.name)
 
 
@@ -127,26 +187,114 @@ def _legend(axes: Axes, place: str) -> None:
         axes.legend(loc=place, ncols=1 if len(axes.get_legend_handles_labels()[0]) <= SERIES else 2)
 
 
-def _draw_seconds_by_stage(axes: Axes, study: Study) -> None:
-    rows = [(index, row, study.of(row.name)) for index, row in enumerate(study.preset.methods)]
-    for place, (index, _, runs) in enumerate(rows):
-        left = 0.0
+def _stage_seconds(run: Run, stage: dict[str, Any]) -> float:
+    return float(stage["steps"] * stage["median_step_seconds"])
+
+
+def _stage_tflops(run: Run, stage: dict[str, Any]) -> float:
+    return float(run.result["training_flops"]["by_stage"][stage["name"]] / 1e12)
+
+
+def _draw_by_stage(
+    axes: Axes, study: Study, rows: Rows, width: Callable[[Run, dict[str, Any]], float], label: str
+) -> None:
+    labels, widest = list[tuple[float, float, str, float]](), 0.0
+    for place, row in enumerate(rows):
+        left, runs = 0.0, study.of(row.name)
         for number, stage in enumerate(runs[0].result["stages"] if runs else []):
-            times = [run.result["stages"][number] for run in runs]
-            width = sum(time["steps"] * time["median_step_seconds"] for time in times) / len(times)
-            axes.barh(place, width, left=left, color=_look(index)[0], alpha=1 - 0.3 * number, height=0.6)
-            axes.text(left + width / 2, place - 0.45, stage["name"], ha="center", fontsize=7)
-            left += width
-    axes.set_yticks(range(len(rows)), [row.name for _, row, _ in rows])
+            mean = sum(width(run, run.result["stages"][number]) for run in runs) / len(runs)
+            axes.barh(place, mean, left=left, color=_look(place)[0], alpha=1 - 0.3 * number, height=0.6)
+            labels.append((left + mean / 2, place - 0.45, stage["name"], mean))
+            left += mean
+        widest = max(widest, left)
+    for x, y, name, mean in labels:
+        if mean > _NARROW * widest:
+            axes.text(x, y, name, ha="center", fontsize=7)
+    _name_rows(axes, [row.name for row in rows])
+    axes.set_xlabel(label)
+
+
+def _name_rows(axes: Axes, names: Sequence[str]) -> None:
+    """Name horizontal bars, the first on top."""
+    axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
-    axes.set_xlabel("training time by stage, seconds")
 
 
-def _svg(study: Study, name: str, draw: Callable[[Axes], None]) -> str:
+def _kept_by_layer(study: Study, row: MethodRow) -> dict[str, float]:
+    """Return by layer the percent of weights kept, mean over the seeds whose results tell."""
+    found: dict[str, list[float]] = {}
+    for run in study.of(row.name):
+        for layer in run.result.get("layers", []):
+            found.setdefault(layer["name"], []).append(100 * layer["kept"] / layer["weights"])
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def _draw_layer_density(axes: Axes, rows: Rows, kept: dict[str, dict[str, float]]) -> None:
+    longest = max(kept.values(), key=len)
+    for index, row in enumerate(rows):
+        if kept[row.name] and row.role != "dense":
+            color, dashes, marker = _look(index)
+            values = [kept[row.name].get(name, 0.0) for name in longest]
+            axes.plot(range(len(values)), values, dashes, marker=marker, markersize=3, color=color, label=row.name)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_xticks(range(len(longest)), list(longest), rotation=60, ha="right", fontsize=7)
+    axes.set_ylabel("weights kept, %")
+    _legend(axes, "best")
+
+
+def _draw_kernel_bars(axes: Axes, benchmark: Benchmark) -> None:
+    places = range(len(benchmark.layers))
+    axes.barh(places, [layer.least for layer in benchmark.layers], color=_SERIES[2], height=0.6)
+    for number, name in enumerate(benchmark.layers[0].speedups):
+        values = [layer.speedups.get(name, math.nan) for layer in benchmark.layers]
+        axes.plot(values, places, _MARKERS[number % len(_MARKERS)], color=_SERIES[1], markersize=4, label=name)
+    axes.axvline(1.0, color=_INK, linewidth=1, label="as fast as the fastest library")
+    axes.axvline(BY_ID["kernel-speedup"].published[0], color=_INK, linewidth=1, linestyle="--", label="published")
+    _name_rows(axes, [layer.name for layer in benchmark.layers])
+    axes.tick_params(axis="y", labelsize=7)
+    axes.set_xlabel("times faster, forward")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+
+
+def _draw_accountings(axes: Axes) -> None:
+    found = arithmetic.groups()
+    axes.axvspan(*arithmetic.PUBLISHED_TRAINING, color=_GRID, alpha=0.6, label="published range")
+    for place, group in enumerate(found):
+        color = _SERIES[2 if group.schedule == "released" else 3]
+        axes.plot(group.savings, [place] * len(group.savings), "o", color=color, markersize=4, alpha=0.6)
+    _name_rows(axes, [group.name for group in found])
+    axes.set_xlabel("training FLOPs saved, % (a dot: one released configuration)")
+    axes.legend(loc="upper right")
+
+
+def _draw_run_accuracy(axes: Axes, run: Run) -> None:
+    for index, split in enumerate(("val", "test")):
+        records = [record for record in run.epochs if record.get(f"{split}_accuracy") is not None]
+        values = [record[f"{split}_accuracy"] for record in records]
+        axes.plot([record["epoch"] + 1 for record in records], values, color=_look(index + 1)[0], label=split)
+    for earlier, later in pairwise(run.epochs):
+        if earlier["stage"] != later["stage"]:
+            axes.axvline(later["epoch"] + 0.5, color=_INK, linewidth=0.8, linestyle=":")
+            axes.text(later["epoch"] + 0.6, axes.get_ylim()[0], later["stage"], fontsize=7, va="bottom")
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("accuracy, %")
+    _legend(axes, "lower right")
+
+
+def _draw_run_layers(axes: Axes, layers: Sequence[dict[str, Any]]) -> None:
+    axes.barh(
+        range(len(layers)), [100 * each["kept"] / each["weights"] for each in layers], color=_SERIES[2], height=0.6
+    )
+    _name_rows(axes, [layer["name"] for layer in layers])
+    axes.set_xlabel("weights kept, %")
+
+
+def _svg(draw: Callable[[Axes], object], size: tuple[float, float] = (5.2, 3.4)) -> str:
     """Return an inline SVG element: scalable, without fixed colours, fonts or repeated ids."""
-    with mpl.rc_context(_STYLE | {"svg.hashsalt": f"{study.directory.name}-{name}"}):
-        figure = Figure(figsize=(5.2, 3.4), layout="constrained")
+    with mpl.rc_context(_STYLE | {"svg.hashsalt": "clicktrain"}):
+        figure = Figure(figsize=size, layout="constrained")
         draw(figure.subplots())
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
@@ -154,6 +302,14 @@ def _svg(study: Study, name: str, draw: Callable[[Axes], None]) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r' id="[a-zA-Z]+[\w.]*_\d+"', "", svg)
     svg = re.sub(r'<svg width="[^"]*" height="[^"]*"', "<svg", svg, count=1)
+    svg = _with_own_ids(svg)
     for fixed, variable in _VARIABLES.items():
         svg = svg.replace(fixed, variable)
     return svg
+
+
+def _with_own_ids(svg: str) -> str:
+    """Begin the ids that are left (clips and markers) with a hash of the drawing: pages hold several."""
+    prefix = hashlib.sha256(svg.encode()).hexdigest()[:8]
+    svg = re.sub(r'(?<= id=")', f"i{prefix}-", svg)
+    return re.sub(r'(?<=url\(#)|(?<=xlink:href="#)', f"i{prefix}-", svg)

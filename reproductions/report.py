@@ -1,25 +1,98 @@
-"""The report of a study: one HTML file that needs nothing else."""
+"""The report of a study: one HTML file that needs nothing else, and a page for each run."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from clicktrain.files import write_atomic
-from reproductions import paths, plots, retained, wording
+from reproductions import comparison, kernels, paths, plots, retained, wording
+from reproductions.preset import MethodRow
 from reproductions.store import Run, Study
-from reproductions.summary import check, stored_verdicts, summarize
+from reproductions.summary import MethodSummary, check, stored_verdicts, summarize
+
+PAGES = "runs"
+"""Folder beside a report with the pages of its runs."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """What the report says of the methods that one dense method is compared with.
+
+    Attributes
+    ----------
+    dense : str
+        That method.
+    methods : list of MethodSummary
+        Their figures.
+    plots : list of (str, str)
+        Drawings and their captions.
+    patterns : list of Run
+        A run of each method that chose patterns, with the pool that it chose.
+    """
+
+    dense: str
+    methods: list[MethodSummary]
+    plots: list[tuple[str, str]]
+    patterns: list[Run]
 
 
 def write(study: Study, path: Path) -> None:
-    """Write the report of a study."""
-    write_atomic(path, render(study))
+    """Write the report of a study, and beside it a page for each run."""
+    pages = {run.spec.label: f"{PAGES}/{run.result['config_id'][:16]}-{run.spec.seed}.html" for run in study.runs}
+    if pages:
+        (path.parent / PAGES).mkdir(parents=True, exist_ok=True)
+    for run in study.runs:
+        write_atomic(path.parent / pages[run.spec.label], render_run(study, run, path.name))
+    write_atomic(path, render(study, pages))
 
 
-def render(study: Study) -> str:
-    """Return the report of a study as HTML: styles and plots inside, no script, nothing from a network."""
+def write_comparison(left: Study, right: Study, path: Path) -> None:
+    """Write two studies side by side."""
+    text = _template("compare.html").render(
+        left=left, right=right, claims=comparison.claims(left, right), methods=comparison.methods(left, right)
+    )
+    write_atomic(path, text)
+
+
+def render(study: Study, pages: Mapping[str, str] | None = None) -> str:
+    """Return the report of a study as HTML: styles and plots inside, no script, nothing from a network.
+
+    Parameters
+    ----------
+    study : Study
+        The study.
+    pages : mapping of str to str, optional
+        Where the page of a run lies, by its label.
+    """
+    return _template("report.html").render(
+        study=study,
+        preset=study.preset,
+        claims=check(study),
+        evidence=stored_verdicts(study),
+        groups=_groups(study),
+        retained=retained.rows(retained.read(study.directory)),
+        remarks=remarks(study),
+        machines=sorted({machine(run) for run in study.runs}),
+        accountings=_accountings(),
+        arithmetic_note=wording.accountings_note(),
+        kernels=[(benchmark, plots.kernel_bars(benchmark)) for benchmark in kernels.stored()],
+        pages=pages or {},
+    )
+
+
+def render_run(study: Study, run: Run, report: str) -> str:
+    """Return the page of a run, which leads back to the report."""
+    drawings = {"accuracy": plots.run_accuracy(run), "layers": plots.run_layers(run)}
+    return _template("run.html").render(study=study, run=run, report=report, **drawings)
+
+
+def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(paths.TEMPLATES),
         autoescape=True,
@@ -33,22 +106,39 @@ def render(study: Study) -> str:
         "published": wording.published,
         "stored": wording.stored,
     }
-    environment.globals["measured"] = wording.measured
-    return environment.get_template("report.html").render(
-        study=study,
-        preset=study.preset,
-        methods=summarize(study),
-        claims=check(study),
-        evidence=stored_verdicts(study),
-        retained=retained.rows(retained.read(study.directory)),
-        remarks=remarks(study),
-        machines=sorted({machine(run) for run in study.runs}),
-        command=command,
-        details=details,
-        accuracy_over_time=plots.accuracy_over_time(study),
-        accuracy_over_compression=plots.accuracy_over_compression(study),
-        seconds_by_stage=plots.seconds_by_stage(study),
-    )
+    environment.globals |= {"measured": wording.measured, "command": command, "details": details}
+    return environment.get_template(name)
+
+
+@cache
+def _accountings() -> str:
+    """Return the one drawing that is the same for all studies."""
+    return plots.accountings()
+
+
+def _groups(study: Study) -> list[Group]:
+    by_name = {summary.row.name: summary for summary in summarize(study)}
+    return [
+        Group(dense, [by_name[row.name] for row in rows], _plots(study, rows), _with_patterns(study, rows))
+        for dense, rows in study.preset.groups.items()
+    ]
+
+
+def _plots(study: Study, rows: Sequence[MethodRow]) -> list[tuple[str, str]]:
+    drawn = [
+        (plots.accuracy_over_time(study, rows), "Test accuracy over training time; dots begin a stage."),
+        (plots.accuracy_over_compression(study, rows), "Test accuracy over compression."),
+        (plots.accuracy_against_time(study, rows), "Test accuracy over the time of the whole training."),
+        (plots.seconds_by_stage(study, rows), "Training time by stage."),
+        (plots.flops_by_stage(study, rows), "Training FLOPs by stage, as they were computed."),
+    ]
+    layers = plots.layer_density(study, rows)
+    return drawn + ([(layers, "Weights kept in each layer.")] if layers else [])
+
+
+def _with_patterns(study: Study, rows: Sequence[MethodRow]) -> list[Run]:
+    first = [next((run for run in study.of(row.name) if run.result.get("patterns")), None) for row in rows]
+    return [run for run in first if run is not None]
 
 
 def remarks(study: Study) -> list[str]:
@@ -97,6 +187,7 @@ def details(run: Run) -> dict[str, Any]:
         "platform": record["platform"],
         "packages": ", ".join(f"{name} {version}" for name, version in record["packages"].items()),
         "data": record["data_fingerprint"],
+        "processes": (record.get("distributed") or {"processes": 1})["processes"],
         "other runs at the same time": record["concurrency"]["declared"],
         "configuration": run.result["config_id"],
     }

@@ -79,7 +79,7 @@ def measure_study(study: Study) -> list[Retained]:
     CheckpointError
         There is no finished dense run with its checkpoint.
     """
-    runs = study.of(study.preset.dense.name)
+    runs = [run for name in study.preset.groups for run in study.of(name)]
     if not runs:
         raise CheckpointError(f"{study.directory.path}: no dense run is finished")
     return [found for run in runs for found in measure_run(run)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -20,10 +19,12 @@ from clicktrain.files import write_atomic
 from clicktrain.training.rundir import RunDirectory
 from clicktrain.training.session import build_method
 from reproductions import paths
+from reproductions.claims import BY_ID
+from reproductions.executors import Executor, Local
 from reproductions.paths import StudyDirectory
 from reproductions.preset import Preset, RunSpec
 from reproductions.sharing import Sharing
-from reproductions.store import State, is_locked, state
+from reproductions.store import State, check_version, is_locked, state
 
 USER_ERROR = 2
 """Exit code of a worker that refused its configuration: trying again cannot help."""
@@ -32,30 +33,60 @@ _ATTEMPTS = 2
 _POLL_SECONDS = 0.5
 
 
-def select(runs: Sequence[RunSpec], only: Sequence[str]) -> list[RunSpec]:
-    """Return the runs that any filter names.
+def select(preset: Preset, only: Sequence[str]) -> list[RunSpec]:
+    """Return the runs that any filter names, seeds outermost.
 
     Parameters
     ----------
-    runs : sequence of RunSpec
-        All runs of a study.
+    preset : Preset
+        The study.
     only : sequence of str
-        METHOD or METHOD/SEED, with shell wildcards (``"*/0"`` is seed 0 of every method); empty: all runs.
+        METHOD or METHOD/SEED, with shell wildcards (``"*/0"`` is seed 0 of every method), or CLAIM: all runs that a
+        verdict on it takes; empty: all runs.
 
     Raises
     ------
     InvalidArgument
         A filter names no run.
     """
+    runs = preset.runs()
     for pattern in only:
-        if not any(_matches(run, pattern) for run in runs):
-            labels = ", ".join(run.label for run in runs)
-            raise InvalidArgument(f"--only {pattern}: matches none of the runs {labels}")
-    return [run for run in runs if not only or any(_matches(run, pattern) for pattern in only)]
+        if not any(_matches(preset, run, pattern) for run in runs):
+            raise InvalidArgument(f"--only {pattern}: {_why_none(preset, pattern)}")
+    return [run for run in runs if not only or any(_matches(preset, run, pattern) for pattern in only)]
 
 
-def _matches(run: RunSpec, pattern: str) -> bool:
+def _matches(preset: Preset, run: RunSpec, pattern: str) -> bool:
+    if pattern in preset.claims:
+        return run.method in {row.name for row in preset.compared(BY_ID[pattern])}
     return fnmatchcase(run.method, pattern) or fnmatchcase(run.label, pattern)
+
+
+def _why_none(preset: Preset, pattern: str) -> str:
+    if pattern in BY_ID:
+        return f"this preset does not check that claim: it needs {BY_ID[pattern].needs}"
+    labels = ", ".join(run.label for run in preset.runs())
+    return f"matches none of the runs {labels}, nor any of the claims {', '.join(preset.claims)}"
+
+
+def check_jobs(preset: Preset, runs: Sequence[RunSpec], jobs: int, *, exclusive: bool) -> None:
+    """Refuse to run several at a time where claims about time would be judged by it.
+
+    Raises
+    ------
+    InvalidArgument
+        There is less than one job, or runs that a claim about time compares would share the machine.
+    """
+    if jobs < 1:
+        raise InvalidArgument(f"--jobs {jobs}: expected at least 1")
+    methods = {run.method for run in runs}
+    timed = [claim for claim in preset.claims if BY_ID[claim].exclusive]
+    spoiled = [claim for claim in timed if methods & {row.name for row in preset.compared(BY_ID[claim])}]
+    if jobs > 1 and exclusive and spoiled:
+        raise InvalidArgument(
+            f"--jobs {jobs}: {', '.join(spoiled)} compare times, which takes one run at a time; use --jobs 1, or "
+            "--shared to give up these claims"
+        )
 
 
 class Runner:
@@ -76,6 +107,10 @@ class Runner:
         Whether nothing but this runner uses the machine; goes into the provenance of each run.
     sharing : bool
         Whether runs begin with the epochs that they share with the dense run of their seed.
+    executor : Executor, optional
+        Where the workers run; on this machine if unset.
+    processes : int
+        Processes of one run, see `clicktrain.distributed`.
     say : callable
         Prints a line.
     """
@@ -88,17 +123,18 @@ class Runner:
         jobs: int = 1,
         exclusive: bool = True,
         sharing: bool = True,
+        executor: Executor | None = None,
+        processes: int = 1,
         say: Callable[[str], None] = print,
     ) -> None:
-        if jobs < 1:
-            raise InvalidArgument(f"--jobs {jobs}: expected at least 1")
         self._study = study
         self._preset = preset
         self._jobs = jobs
         self._exclusive = exclusive
         self._sharing = Sharing(preset if sharing else None)
+        self._executor = executor or Local()
+        self._processes = processes
         self._say = say
-        self._workers: set[subprocess.Popen[str]] = set()
         self._stopping = threading.Event()
 
     def run(self, only: Sequence[str] = ()) -> list[RunSpec]:
@@ -114,11 +150,14 @@ class Runner:
         Raises
         ------
         ClickTrainError
-            A method refuses its options, or another runner is at work on the study.
+            A method refuses its options, runs would share the machine that must not, another runner is at work on
+            the study, or another version was.
         """
-        runs = select(self._preset.runs(), only)
+        runs = select(self._preset, only)
+        check_jobs(self._preset, runs, self._jobs, exclusive=self._exclusive)
         for spec in runs:
             build_method(spec.config)  # options that a method refuses are found now, not hours later
+            check_version(self._study.run(spec.config.config_id(), spec.seed))
         with lock(self._study.lock), ThreadPoolExecutor(self._jobs) as pool:
             write_atomic(self._study.preset, self._preset.to_toml())
             try:
@@ -180,21 +219,8 @@ class Runner:
 
     def _work(self, spec: RunSpec, run: RunDirectory) -> int:
         """Train in a process of its own and return its exit code (negative: the signal that ended it)."""
-        worker = subprocess.Popen(
-            self.command(spec, run),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=self._environment(),
-        )
-        with paths.log(run).open("a") as log, worker:
-            self._workers.add(worker)
-            assert worker.stdout is not None
-            for line in worker.stdout:
-                log.write(line)
-                self._say(f"  {spec.label}  {line.rstrip()}")
-        self._workers.discard(worker)
-        return worker.returncode
+        say = lambda line: self._say(f"  {spec.label}  {line}")  # noqa: E731
+        return self._executor.execute(self.command(spec, run), paths.log(run), self._settings(), say)
 
     def command(self, spec: RunSpec, run: RunDirectory) -> list[str]:
         """Return the command line of a worker."""
@@ -206,7 +232,13 @@ class Runner:
         if self._exclusive:
             options["concurrent-runs"] = self._jobs - 1
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        return [sys.executable, "-m", "clicktrain", "train", *words, *self._sharing_words(spec)]
+        return [sys.executable, *self._launcher(), "-m", "clicktrain", "train", *words, *self._sharing_words(spec)]
+
+    def _launcher(self) -> list[str]:
+        """Return the words that start a run in several processes, or none."""
+        if self._processes == 1:
+            return []
+        return ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self._processes}"]
 
     def _sharing_words(self, spec: RunSpec) -> list[str]:
         """Return the options that make a run keep epochs for others, or begin from another run's."""
@@ -217,13 +249,13 @@ class Runner:
             words += ["--begin-from", str(run.path), "--or-from-start"]
         return words
 
-    def _environment(self) -> dict[str, str]:
-        """Return the environment of a worker: with several at a time, each takes its share of the cores."""
-        unbuffered = os.environ | {"PYTHONUNBUFFERED": "1"}  # the last words of a killed worker are in its log
-        if self._jobs == 1:
-            return unbuffered
-        threads = max(1, len(os.sched_getaffinity(0)) // self._jobs)
-        return unbuffered | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    def _settings(self) -> dict[str, str]:
+        """Return the variables of a worker: with several at a time, each takes its share of the cores."""
+        workers = self._jobs * self._processes
+        if workers == 1:
+            return {}
+        threads = str(max(1, len(os.sched_getaffinity(0)) // workers))
+        return {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
 
     def _note_failure(self, run: RunDirectory, code: int, title: str) -> None:
         lines = paths.log(run).read_text().splitlines()
@@ -235,8 +267,7 @@ class Runner:
     def _stop(self) -> None:
         """End what is still running (only when the runner itself is interrupted)."""
         self._stopping.set()
-        for worker in list(self._workers):
-            worker.terminate()
+        self._executor.stop()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Which runs of a study share epochs: those of one seed that begin with the dense run's own training."""
+"""Which runs of a study share epochs: those of one seed that begin with their dense run's own training."""
 
 from __future__ import annotations
 
@@ -21,18 +21,22 @@ class Sharing:
     def __init__(self, preset: Preset | None) -> None:
         runs = preset.runs() if preset else []
         self._runs = runs
-        self._donors = {run.seed: run for run in runs if preset and run.method == preset.dense.name}
+        dense = {row.name: preset.dense_of(row).name for row in preset.methods} if preset else {}
+        by_label = {run.label: run for run in runs}
+        self._donors = {run.label: by_label[f"{dense[run.method]}/{run.seed}"] for run in runs}
 
     def donor(self, spec: RunSpec) -> RunSpec | None:
         """Return the dense run that a run can begin from, or None."""
-        donor = self._donors.get(spec.seed)
-        return donor if donor is not None and self._shared(spec, donor) else None
+        return self._donors[spec.label] if self.shared_epochs(spec) else None
+
+    def shared_epochs(self, spec: RunSpec) -> int:
+        """Return how many epochs a run takes over from its dense run."""
+        donor = self._donors.get(spec.label)
+        return self._shared(spec, donor) if donor is not None else 0
 
     def kept_epochs(self, spec: RunSpec) -> list[int]:
         """Return after how many epochs the state of a run is wanted by others."""
-        if self._donors.get(spec.seed) != spec:
-            return []
-        siblings = [run for run in self._runs if run.seed == spec.seed]
+        siblings = [run for run in self._runs if self._donors[run.label] == spec]
         return sorted({self._shared(run, spec) for run in siblings} - {0})
 
     def _shared(self, spec: RunSpec, donor: RunSpec) -> int:

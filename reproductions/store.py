@@ -159,19 +159,43 @@ def read_run(spec: RunSpec, directory: RunDirectory) -> Run:
     DataError
         Its files are damaged, of another version, or of another run.
     """
+    check_version(directory)
     try:
         result = json.loads(directory.result.read_text())
         run = Run(spec, directory, result, json.loads(directory.provenance.read_text()))
-        found = (result["schema"], result["config_id"], result["seed"])
+        found = (result["config_id"], result["seed"])
         run.figures  # noqa: B018  # a record that lacks a figure fails here, by name, not in a table
     except (OSError, ValueError) as error:
         raise DataError(f"{directory.path}: cannot read the run: {error}") from None
     except KeyError as error:
         raise DataError(f"{directory.result}: there is no {error} in it") from None
-    expected = (RESULT_SCHEMA, spec.config.config_id(), spec.seed)
+    expected = (spec.config.config_id(), spec.seed)
     if found != expected:
-        raise DataError(f"{directory.result}: is of (schema, config_id, seed) {found}, expected {expected}")
+        raise DataError(f"{directory.result}: is of (config_id, seed) {found}, expected {expected}")
     return run
+
+
+def check_version(directory: RunDirectory) -> None:
+    """Refuse the result of a finished run that this version cannot read; a run without one passes.
+
+    Raises
+    ------
+    DataError
+        It is damaged or of another version.
+    """
+    if not directory.result.exists():
+        return
+    try:
+        schema = json.loads(directory.result.read_text()).get("schema")
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(f"{directory.path}: cannot read the run: {error}") from None
+    if schema is None:
+        raise DataError(f"{directory.result}: there is no 'schema' in it")
+    if schema != RESULT_SCHEMA:
+        raise DataError(
+            f"{directory.result} is of format {schema}, expected {RESULT_SCHEMA}: go on with the version that wrote "
+            "it, or use another --results"
+        )
 
 
 def state(run: RunDirectory) -> State:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from reproductions import paths
+from reproductions import kernels, paths
 from reproductions.claims import CLAIMS, Claim
 from reproductions.paths import StudyDirectory
 from reproductions.preset import MethodRow
 from reproductions.stats import Estimate, estimate, paired_difference, paired_ratio, savings
 from reproductions.store import FIGURES, Study, load_study
-from reproductions.verdicts import NOT_ON_HARDWARE, Verdict, judge, not_run
+from reproductions.verdicts import NOT_ON_HARDWARE, SMOKE, Verdict, judge, not_run
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class ClaimRow:
     verdict : Verdict
         What the study's runs say.
     dense_accuracy : float or None
-        Mean accuracy of the study's dense network, percent: how good the network is that all compare with.
+        Mean accuracy of the dense network that the method is compared with, percent: a poor one flatters all.
     """
 
     claim: Claim
@@ -66,10 +66,12 @@ class ClaimRow:
 
 @dataclass(frozen=True)
 class StoredRow:
-    """A verdict from evidence that comes with the suite."""
+    """A verdict from evidence that comes with the suite, and where that comes from."""
 
-    study: Study
-    row: ClaimRow
+    source: str
+    subject: str
+    claim: Claim
+    verdict: Verdict
 
 
 def summarize(study: Study) -> list[MethodSummary]:
@@ -78,8 +80,9 @@ def summarize(study: Study) -> list[MethodSummary]:
 
 
 def _summary(study: Study, row: MethodRow) -> MethodSummary:
+    reference = study.preset.dense_of(row).name
     samples = {figure: study.sample(row.name, figure) for figure in FIGURES}
-    dense = {figure: study.sample(study.preset.dense.name, figure) for figure in FIGURES}
+    dense = {figure: study.sample(reference, figure) for figure in FIGURES}
     saved = savings(samples["training_flops"], dense["training_flops"])
     return MethodSummary(
         row,
@@ -97,40 +100,68 @@ def check(study: Study) -> list[ClaimRow]:
 
 
 def _check(study: Study, claim: Claim) -> list[ClaimRow]:
-    dense = study.sample(study.preset.dense.name, "accuracy")
-    dense_accuracy = estimate(dense.values()).mean if dense else None
+    if claim.hardware == "cuda" and study.runs and not any(run.provenance["gpu"] for run in study.runs):
+        return [ClaimRow(claim, "", Verdict(NOT_ON_HARDWARE), _dense_accuracy(study, study.preset.methods[0]))]
     if claim.id not in study.preset.claims:
-        return [ClaimRow(claim, "", not_run(claim), dense_accuracy)]
-    subjects = study.preset.subjects(claim)
-    return [ClaimRow(claim, row.name, _judge(study, claim, row, dense_accuracy), dense_accuracy) for row in subjects]
+        return [ClaimRow(claim, "", not_run(claim), _dense_accuracy(study, study.preset.methods[0]))]
+    return [_judged(study, claim, row) for row in study.preset.subjects(claim)]
+
+
+def _judged(study: Study, claim: Claim, row: MethodRow) -> ClaimRow:
+    accuracy = _dense_accuracy(study, row)
+    return ClaimRow(claim, row.name, _judge(study, claim, row, accuracy), accuracy)
+
+
+def _dense_accuracy(study: Study, row: MethodRow) -> float | None:
+    sample = study.sample(study.preset.dense_of(row).name, "accuracy")
+    return estimate(sample.values()).mean if sample else None
 
 
 def _judge(study: Study, claim: Claim, subject: MethodRow, dense_accuracy: float | None) -> Verdict:
     floor = study.preset.dense_floor
-    if floor is not None and dense_accuracy is not None and dense_accuracy < floor:
-        return Verdict(f"undecided (study void: the dense network is below {floor:g} %)")
     rival = subject.rivals[claim.rival] if claim.rival else subject.name
-    runs = study.of(subject.name) + study.of(rival)
-    if claim.hardware == "cuda" and runs and not any(run.provenance["gpu"] for run in runs):
-        return Verdict(NOT_ON_HARDWARE)
-    return judge(
+    verdict = judge(
         claim,
         study.sample(subject.name, claim.metric),
         study.sample(rival, claim.metric),
-        exclusive=all(run.exclusive for run in runs),
+        exclusive=all(run.exclusive for run in study.of(subject.name) + study.of(rival)),
     )
+    if study.preset.smoke:
+        return Verdict(SMOKE, verdict.estimate)
+    if floor is not None and dense_accuracy is not None and dense_accuracy < floor:
+        return Verdict(f"undecided (study void: the dense network is below {floor:g} %)")
+    return verdict
 
 
 def stored_verdicts(study: Study) -> dict[str, list[StoredRow]]:
     """Return by claim id what the suite's stored evidence says, other than that of `study` itself."""
+    return stored_evidence(but=study.directory.name)
+
+
+def stored_evidence(but: str | None = None) -> dict[str, list[StoredRow]]:
+    """Return by claim id what the suite's stored evidence says, one study left out."""
     stored: dict[str, list[StoredRow]] = {}
-    for evidence in evidence_studies():
-        if evidence.directory.name == study.directory.name:
-            continue
-        for row in check(evidence):
-            if row.verdict.estimate is not None:
-                stored.setdefault(row.claim.id, []).append(StoredRow(evidence, row))
+    for row in (*_stored_studies(but), *_stored_benchmarks()):
+        stored.setdefault(row.claim.id, []).append(row)
     return stored
+
+
+def _stored_studies(but: str | None) -> Iterator[StoredRow]:
+    for evidence in evidence_studies():
+        if evidence.directory.name != but:
+            source = f"{evidence.directory.name} study, {evidence.preset.data_label}"
+            for row in check(evidence):
+                if row.verdict.estimate is not None:
+                    yield StoredRow(source, row.subject, row.claim, row.verdict)
+
+
+def _stored_benchmarks() -> Iterator[StoredRow]:
+    for benchmark in kernels.stored():
+        for claim in CLAIMS:
+            if claim.is_of_kernels and benchmark.on_gpu == (claim.hardware == "cuda"):
+                source = f"{paths.BENCHMARKS.parent.name}/{paths.BENCHMARKS.name}/{benchmark.name}, {benchmark.machine}"
+                subject = f"best of {len(benchmark.layers)} layers"
+                yield StoredRow(source, subject, claim, benchmark.verdict(claim))
 
 
 def evidence_studies() -> Sequence[Study]:

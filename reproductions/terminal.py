@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from reproductions import retained
+from reproductions import comparison, retained
+from reproductions.estimates import Estimate
 from reproductions.retained import RetainedRow
 from reproductions.store import Study
 from reproductions.summary import ClaimRow, MethodSummary, StoredRow, check, stored_verdicts, summarize
@@ -28,7 +31,11 @@ def show(study: Study, output: Console) -> None:
     measured_pools = retained.rows(retained.read(study.directory))
     if measured_pools:
         output.print(retained_table(measured_pools))
-    output.print(claims_table(check(study), stored_verdicts(study)))
+    rows, evidence = check(study), stored_verdicts(study)
+    unmeasured = [row for row in rows if row.verdict.estimate is None and row.claim.id not in evidence]
+    output.print(claims_table([row for row in rows if row not in unmeasured], evidence))
+    if unmeasured:
+        output.print(unmeasured_table(unmeasured))
 
 
 def methods_table(study: Study, summaries: list[MethodSummary]) -> Table:
@@ -84,4 +91,46 @@ def claims_table(rows: list[ClaimRow], evidence: dict[str, list[StoredRow]]) -> 
             verdict,
             MISSING if row.dense_accuracy is None else f"{row.dense_accuracy:.2f}",
         )
+    return table
+
+
+def unmeasured_table(rows: list[ClaimRow]) -> Table:
+    """Return the table of the claims of which nothing is measured, neither here nor in stored evidence."""
+    table = Table(title="Claims of which nothing is measured yet", title_justify="left", show_header=False, box=None)
+    for row in rows:
+        table.add_row(row.claim.id, Text(row.verdict.word))
+    return table
+
+
+def comparison_table(left: Study, right: Study) -> Table:
+    """Return the table of the claims that either of two studies has measured."""
+    table = Table(title="Claims", title_justify="left", show_lines=True)
+    for heading in ("claim", "published", left.directory.name, right.directory.name):
+        table.add_column(heading)
+    for pair in comparison.claims(left, right):
+        cells = [
+            MISSING if row is None else f"{measured(row.claim, row.verdict.estimate)}\n{row.verdict.word}"
+            for row in (pair.left, pair.right)
+        ]
+        table.add_row(Text(f"{pair.claim.statement}\n{pair.subject}"), published(pair.claim), *map(Text, cells))
+    return table
+
+
+def estimates_table(estimates: Sequence[Estimate], jobs: int = 1, price: float | None = None) -> Table:
+    """Return the table of a study's runs before they run, with its sum; `price` is that of an hour."""
+    hours = sum(estimate.seconds for estimate in estimates) / 3600
+    together = f"\n{hours / jobs:.2f} h with --jobs {jobs}" if jobs > 1 else ""
+    table = Table(title=f"{len(estimates)} runs", title_justify="left", show_footer=True)
+    for heading, footer in (("run", "all"), ("state", ""), ("configuration", "")):
+        table.add_column(heading, footer)
+    table.add_column("steps", str(sum(estimate.steps for estimate in estimates)), justify="right")
+    table.add_column("hours", f"{hours:.2f}{together}", justify="right")
+    if price is not None:
+        table.add_column("cost", f"{hours * price:.2f}", justify="right")
+    table.add_column("estimated from")
+    for entry in estimates:
+        cost = [] if price is None else [f"{entry.seconds / 3600 * price:.2f}"]
+        time = f"{entry.seconds / 3600:.3f}"
+        config_id = entry.spec.config.config_id()[:12]
+        table.add_row(entry.spec.label, entry.state, config_id, str(entry.steps), time, *cost, entry.basis)
     return table

@@ -14,6 +14,8 @@ NOT_REPRODUCED = "not reproduced"
 TOO_FEW = "undecided (n too small)"
 NOT_EXCLUSIVE = "undecided (not exclusive)"
 NOT_ON_HARDWARE = "not run on this hardware"
+SMOKE = "undecided (smoke run)"
+QUICK_BENCHMARK = "undecided (quick benchmark)"
 DECIDED = (REPRODUCED, EXCEEDED, NOT_REPRODUCED)
 
 
@@ -83,6 +85,8 @@ def _measure(claim: Claim, ours: Mapping[int, float], rival: Mapping[int, float]
     match claim.comparison:
         case "value":
             return _count(ours)
+        case "mean":
+            return estimate(ours.values()) if ours else None
         case "saving":
             return _count(savings(ours, rival))
         case "difference":

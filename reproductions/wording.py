@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from reproductions import arithmetic
 from reproductions.claims import Claim
 from reproductions.stats import Estimate
 from reproductions.store import Run
@@ -47,16 +48,26 @@ def published(claim: Claim) -> str:
     unit = "x" if claim.unit == "x" else f" {claim.unit}"
     if math.isinf(high):
         return f"over {low:g}{unit}"
+    if low == 0 < high:
+        return f"at most {high:g}{unit}"
     value = f"{low:g}" if low == high else f"{low:g} to {high:g}"
     return f"{value}{unit} (tolerance {claim.tolerance:g})"
 
 
 def stored(entry: StoredRow) -> str:
-    """Return the verdict of stored evidence, with the study and the data it comes from."""
-    row = entry.row
-    where = f"{entry.study.directory.name} study, {entry.study.preset.data_label}"
-    figures = measured(row.claim, row.verdict.estimate)
-    return f"{row.verdict.word}: {row.subject} {figures} (stored evidence: {where})"
+    """Return the verdict of stored evidence, and where that comes from."""
+    figures = measured(entry.claim, entry.verdict.estimate)
+    return f"{entry.verdict.word}: {entry.subject} {figures} (stored evidence: {entry.source})"
+
+
+def accountings_note() -> str:
+    """Return how many released configurations lie in the published range, by schedule and accounting."""
+    low, high = arithmetic.PUBLISHED_TRAINING
+    counts = ", ".join(
+        f"{group.name}: {min(group.savings):.1f} to {max(group.savings):.1f} %, {group.inside} of {len(group.savings)}"
+        for group in arithmetic.groups()
+    )
+    return f"Range, and how many lie in the published one of {low:g} to {high:g} %: {counts}."
 
 
 def shared_epochs(runs: Sequence[Run]) -> str | None:

@@ -45,6 +45,45 @@ rivals = { dense = "dense", pat = "PAT" }
 config = { method = { name = "clicktrain", options = { target_compression = 6.0 } } }
 """
 
+TWO = (
+    PRESET.replace('rivals = { dense = "dense", pat = "PAT" }', 'rivals = { dense = "dense" }')
+    .replace('"accuracy-vs-pat", ', "")
+    .replace('role = "rival"', 'role = "dense"')
+)
+"""The same with two networks: PAT stands for the dense training of another one."""
+
+TOY = """
+title = "Toy study"
+data_label = "toy data"
+seeds = [0]
+claims = ["accuracy-vs-dense", "training-flops-saved"]
+
+[base.data]
+name = "fashion-mnist-small"
+train_limit = 200
+
+[base.model]
+name = "vgg11"
+width = 0.125
+
+[base.train]
+epochs = 2
+channels_last = "off"
+threads = 1
+
+[[methods]]
+name = "dense"
+role = "dense"
+config.method = { name = "baselines:Dense" }
+
+[[methods]]
+name = "ClickTrain"
+role = "subject"
+rivals = { dense = "dense" }
+config.method = { name = "clicktrain", options = { target_compression = 4.0, select_at = 1, prune_at = 1 } }
+"""
+"""A study that is really trained, in seconds."""
+
 STAGES = {"dense": ("dense",), "PAT": ("dense", "finetune"), "ClickTrain": ("dense", "regularized", "sparse")}
 
 
@@ -118,6 +157,7 @@ def result(spec: RunSpec, stages: tuple[str, ...], accuracy: float) -> dict[str,
     seconds = {"dense": 100.0, "PAT": 120.0, "ClickTrain": 80.0}[spec.method]
     used = {"dense": 1000.0, "PAT": 1050.0, "ClickTrain": 600.0}[spec.method]
     step = seconds / 10 / len(stages)
+    ratio = 1 if is_dense else 6
     return {
         "schema": 1,
         "config_id": spec.config.config_id(),
@@ -127,6 +167,8 @@ def result(spec: RunSpec, stages: tuple[str, ...], accuracy: float) -> dict[str,
         "compression": {"paper": 1.0 if is_dense else 6.0},
         "inference_flops_saved_percent": 0.0 if is_dense else 80.0,
         "training_flops": {"used": used, "by_stage": {stage: used / len(stages) for stage in stages}},
+        "layers": [{"name": "conv1", "weights": 36, "kept": 36}, {"name": "conv2", "weights": 90, "kept": 90 // ratio}],
+        "patterns": [] if is_dense else [{"kept": [0, 1, 3, 4], "kernels": 3}, {"kept": [4, 5, 7, 8], "kernels": 1}],
         "seconds": {"train": seconds, "eval": 1.0, "select": 0.0, "total": seconds + 1},
         "stages": [
             {"name": stage, "epochs": 1, "steps": 10, "median_step_seconds": step, "seconds": step * 10}

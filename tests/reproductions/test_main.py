@@ -11,39 +11,8 @@ import pytest
 from reproductions import __main__ as command_line
 from reproductions import paths, preset
 from reproductions.paths import StudyDirectory
-from tests.helpers.studies import make_study, write_preset
+from tests.helpers.studies import TOY, make_study, write_preset
 from tests.helpers.victim import fingerprint
-
-TOY = """
-title = "Toy study"
-data_label = "toy data"
-seeds = [0]
-claims = ["accuracy-vs-dense", "training-flops-saved"]
-
-[base.data]
-name = "fashion-mnist-small"
-train_limit = 200
-
-[base.model]
-name = "vgg11"
-width = 0.125
-
-[base.train]
-epochs = 2
-channels_last = "off"
-threads = 1
-
-[[methods]]
-name = "dense"
-role = "dense"
-config.method = { name = "baselines:Dense" }
-
-[[methods]]
-name = "ClickTrain"
-role = "subject"
-rivals = { dense = "dense" }
-config.method = { name = "clicktrain", options = { target_compression = 4.0, select_at = 1, prune_at = 1 } }
-"""
 
 
 def call(*words: str | Path, code: int = 0) -> None:
@@ -100,6 +69,41 @@ def test_a_study_runs_is_found_done_and_becomes_evidence(
     assert fingerprint(begun.path) == shared, "sharing epochs changed a number"
 
 
+def test_a_dry_run_lists_the_runs_of_a_claim_and_starts_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call("run", "quick", "--dry-run", "--only", "accuracy-vs-pat", "--results", tmp_path / "results")
+    printed = capsys.readouterr().out
+    assert "4 runs" in printed
+    assert "earlier runs of this configuration" in printed
+    assert not (tmp_path / "results").exists()
+
+
+def test_data_that_are_not_there_are_named_once_and_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(paths.CLONE)
+    file = write_preset(tmp_path / "toy.toml", TOY.replace("fashion-mnist-small", "imagefolder:nowhere"))
+    call("run", file, "--results", tmp_path / "results", "--only", "dense", code=1)
+    printed = capfd.readouterr()
+    assert printed.out.count("error: nowhere: expected a folder") == 1
+    assert "starts again" not in printed.out
+    assert "failed: dense/0; see train.log" in printed.err
+
+
+def test_two_studies_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_study(tmp_path / "one")
+    make_study(tmp_path / "two")
+    call("report", "--compare", "one", "two", "--results", tmp_path)
+    assert f"comparison: {tmp_path / 'one-and-two.html'}" in capsys.readouterr().out.replace("\n", "")
+    assert (tmp_path / "one-and-two.html").is_file()
+
+
+def test_tables_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    call("tables")
+    assert capsys.readouterr().out.startswith("| claim | method |")
+
+
 def test_status_of_a_study_that_was_never_run_lists_its_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -122,6 +126,11 @@ def test_status_tells_done_from_to_come(tmp_path: Path, capsys: pytest.CaptureFi
         (["run", "quick", "--jobs", "0"], "--jobs 0: expected at least 1"),
         (["run", "quick", "--only", "nobody"], "--only nobody: matches none of the runs"),
         (["report", "quick"], "holds no study"),
+        (["report", "quick", "--compare"], "two studies and --compare go together"),
+        (["report", "quick", "embedded"], "two studies and --compare go together"),
+        (["run", "quick", "--jobs", "2"], "--jobs 2: end-to-end-time-vs-pat, no-time-overhead"),
+        (["run", "small", "--data", "fashion-mnist-small"], "methods of small name their own data sets"),
+        (["run", "quick", "--only", "importance-vs-magnitude"], "this preset does not check that claim"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(

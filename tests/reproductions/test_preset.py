@@ -4,7 +4,8 @@ import pytest
 
 from clicktrain.errors import ConfigError
 from reproductions import preset
-from tests.helpers.studies import PRESET, write_preset
+from reproductions.claims import BY_ID
+from tests.helpers.studies import PRESET, TWO, write_preset
 
 
 @pytest.mark.parametrize("name", preset.names())
@@ -40,7 +41,7 @@ def test_data_can_be_replaced_and_is_kept_in_what_is_written(tmp_path: Path) -> 
         ('name = "PAT"', 'name = "dense"', "two methods have the same name"),
         ("seeds = [0, 1, 2]", "seeds = []", "seeds"),
         ("seeds = [0, 1, 2]", "seeds = [0, 0]", "seeds"),
-        ('role = "rival"', 'role = "dense"', 'exactly one method with role = "dense"'),
+        ('role = "dense"', 'role = "rival"', 'at least one method with role = "dense"'),
         ("baselines:TrainPruneFinetune", "clicktrain", "two methods have the same configuration"),
         ("title =", "title", "not a TOML file"),
     ],
@@ -49,6 +50,64 @@ def test_mistakes_are_named(tmp_path: Path, old: str, new: str, message: str) ->
     with pytest.raises(ConfigError, match=message) as caught:
         preset.load(write_preset(tmp_path / "toy.toml", PRESET.replace(old, new, 1)))
     assert "toy.toml" in str(caught.value)
+
+
+def test_a_study_of_two_networks_has_two_dense_methods(tmp_path: Path) -> None:
+    loaded = preset.load(write_preset(tmp_path / "toy.toml", TWO))
+    assert {dense: [row.name for row in rows] for dense, rows in loaded.groups.items()} == {
+        "dense": ["dense", "ClickTrain"],
+        "PAT": ["PAT"],
+    }
+    assert [row.name for row in loaded.compared(BY_ID["accuracy-vs-dense"])] == ["dense", "ClickTrain"]
+    with pytest.raises(ConfigError, match=r"rivals.dense of 'ClickTrain': expected one of \['dense', 'PAT'\]"):
+        preset.load(write_preset(tmp_path / "none.toml", TWO.replace('rivals = { dense = "dense" }', "rivals = {}")))
+
+
+OFFICIAL = """
+title = "Official"
+data_label = "CIFAR-10"
+seeds = [0]
+claims = ["top1-cifar10_vgg13@9.0x"]
+base = { data = { root = "data" } }
+methods = [
+  { name = "dense", role = "dense", config = { preset = "ADDRESS", method = { name = "baselines:Dense" } } },
+  { name = "ours", role = "subject", config = { preset = "ADDRESS" } },
+]
+"""
+
+
+@pytest.mark.parametrize("address", ["official:cifar10_vgg13", "official:cifar10_vgg13@9.0x"])
+def test_a_claim_about_a_released_configuration_takes_its_run_on_its_data(tmp_path: Path, address: str) -> None:
+    file = write_preset(tmp_path / "toy.toml", OFFICIAL.replace("ADDRESS", address))
+    loaded = preset.load(file)
+    assert [row.name for row in loaded.subjects(BY_ID["top1-cifar10_vgg13@9.0x"])] == ["ours"]
+    assert loaded.run_config(loaded.methods[1]).train.epochs == 190
+    with pytest.raises(ConfigError, match="cannot be checked"):
+        preset.load(file, data="fashion-mnist-small")
+
+
+@pytest.mark.parametrize("address", ["official:cifar10_vgg13@6.2x", "quick"])
+def test_runs_of_other_configurations_say_nothing_about_it(tmp_path: Path, address: str) -> None:
+    file = write_preset(tmp_path / "toy.toml", OFFICIAL.replace("ADDRESS", address))
+    with pytest.raises(ConfigError, match=r"cannot be checked: it needs a run of official:cifar10_vgg13@9.0x"):
+        preset.load(file)
+
+
+def test_claims_about_the_fast_preset_are_about_runs_of_it(tmp_path: Path) -> None:
+    loaded = preset.load(preset.find("quick"))
+    assert [row.name for row in loaded.subjects(BY_ID["fast-time"])] == ["ClickTrain fast"]
+    assert len(loaded.subjects(BY_ID["no-time-overhead"])) == 2
+
+
+def test_a_shrunk_study_keeps_its_methods_and_is_another_one(tmp_path: Path) -> None:
+    file = preset.find("quick")
+    whole, shrunk = preset.load(file), preset.load(file, smoke=True)
+    assert shrunk.smoke
+    assert not whole.smoke
+    assert [row.name for row in shrunk.methods] == [row.name for row in whole.methods]
+    configs = {spec.config.config_id() for spec in whole.runs()}
+    assert not configs & {spec.config.config_id() for spec in shrunk.runs()}
+    assert preset.load(write_preset(tmp_path / "again.toml", shrunk.to_toml())) == shrunk
 
 
 def test_an_unknown_preset_names_the_known_ones() -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from reproductions import paths, report, terminal
-from tests.helpers.studies import PRESET, make_study
+from reproductions import kernels, paths, report, terminal
+from tests.helpers.studies import PRESET, TWO, make_study
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 
@@ -57,9 +57,79 @@ def test_the_report_is_one_sound_file_that_needs_nothing_else(html: str) -> None
 def test_the_report_shows_methods_claims_plots_and_provenance(html: str) -> None:
     for text in ("Toy study", "toy data", "reproduced", "needs PruneTrain", "Some CPU", "0123456789ab"):
         assert text in html
-    assert html.count("<svg") == 3
+    assert html.count("<figure") == 6 + 1 + len(kernels.stored())
     assert "python -m clicktrain train --config" in html
     assert "40.0" in html
+
+
+def test_the_report_draws_the_patterns_that_were_chosen(html: str) -> None:
+    galleries = html.split('<ul class="patterns">')[1:]
+    assert len(galleries) == 2  # of PAT and ClickTrain
+    first = galleries[0].split("</ul>")[0]
+    assert re.findall(r'aria-label="keeps ([\d, ]+)"', first) == ["0, 1, 3, 4", "4, 5, 7, 8"]
+    assert re.findall(r"<span>([\d.]+) %", first) == ["75.0", "25.0"]
+    assert (first.count('class="kept"'), first.count('class="gone"')) == (8, 10)
+
+
+def test_claims_of_which_nothing_is_measured_stand_apart(html: str) -> None:
+    table, _, rest = html.partition("more claims of which nothing is measured yet")
+    assert "Training takes no longer" in table
+    assert "The pruned network is within 1 point" in table
+    assert "CIFAR-10 VGG13 at 9.0x reaches 93.52 %" in rest
+    assert "CIFAR-10 VGG13 at 9.0x" not in table
+
+
+def test_every_run_has_a_page_that_leads_back(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "toy")
+    report.write(study, tmp_path / "out" / "report.html")
+    text = (tmp_path / "out" / "report.html").read_text()
+    pages = re.findall(r'<a href="(runs/[^"]+)">', text)
+    assert len(set(pages)) == len(study.runs) == 9
+    for page in pages:
+        checker = _Checker()
+        content = (tmp_path / "out" / page).read_text()
+        checker.feed(content)
+        assert (checker.open, checker.outside) == ([], ["a href=../report.html"])
+        assert "python -m clicktrain train --config" in content
+        assert "0123456789ab" in content
+    ours = next(page for page in pages if "<h1>ClickTrain/0</h1>" in (tmp_path / "out" / page).read_text())
+    assert 'class="patterns"' in (tmp_path / "out" / ours).read_text()
+
+
+def test_evidence_of_before_layers_were_recorded_has_a_report(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "toy")
+    for run in study.runs:
+        for key in ("layers", "patterns"):
+            del run.result[key]
+    html = report.render(study)
+    assert 'class="patterns"' not in html
+    assert "Weights kept" not in html
+    assert "<h1>PAT/0</h1>" in report.render_run(study, study.of("PAT")[0], "report.html")
+
+
+def test_two_studies_stand_side_by_side(tmp_path: Path) -> None:
+    left = make_study(tmp_path / "left", skip=("PAT/0", "PAT/1", "PAT/2"))
+    right = make_study(tmp_path / "right", dense_accuracy=91.0)
+    report.write_comparison(left, right, tmp_path / "both.html")
+    html = (tmp_path / "both.html").read_text()
+    checker = _Checker()
+    checker.feed(html)
+    assert (checker.open, checker.outside) == ([], [])
+    claims = html[html.index("Claims that either") : html.index("<h2>Methods")]
+    assert claims.count("Accuracy is comparable to pruning after training") == 1
+    assert '<td data-label="left">-</td>' in claims
+    assert "90.10 \N{PLUS-MINUS SIGN} 0.10" in html
+    assert "91.10 \N{PLUS-MINUS SIGN} 0.10" in html
+    output = Console(width=200, record=True, file=(tmp_path / "out").open("w"))
+    output.print(terminal.comparison_table(left, right))
+    assert "reproduced" in output.export_text()
+
+
+def test_methods_of_two_networks_are_drawn_apart(tmp_path: Path) -> None:
+    html = report.render(make_study(tmp_path / "toy", TWO))
+    assert "<h2>Methods: dense</h2>" in html
+    assert "<h2>Methods: PAT</h2>" in html
+    assert html.count("Training time by stage.") == 2
 
 
 def test_plots_follow_the_colours_of_the_page(html: str) -> None:
@@ -106,7 +176,7 @@ def test_the_terminal_shows_both_tables(tmp_path: Path, monkeypatch: pytest.Monk
     output = Console(width=400, record=True, file=(tmp_path / "out").open("w"))
     terminal.show(make_study(tmp_path / "toy", skip=("ClickTrain/1",)), output)
     text = output.export_text()
-    for expected in ("2 of 3", "90.10 \N{PLUS-MINUS SIGN} 0.10", "6.00", "reproduced", "long study, toy data"):
+    for expected in ("2 of 3", "90.10 \N{PLUS-MINUS SIGN} 0.10", "6.00", "reproduced", "long study, toy data", "top1-"):
         assert expected in text
 
 

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from clicktrain.errors import ConfigError, InvalidArgument
+from clicktrain.errors import ConfigError, DataError, InvalidArgument
 from clicktrain.training.rundir import RunDirectory
 from reproductions import paths, preset
 from reproductions.paths import StudyDirectory
 from reproductions.preset import RunSpec
-from reproductions.runner import Runner, lock, select
+from reproductions.runner import Runner, check_jobs, lock, select
 from reproductions.store import State, state
 from tests.helpers.studies import PRESET, write_preset
 
-FINISH = "(out / 'result.json').write_text('{}')"
+FINISH = """(out / 'result.json').write_text('{"schema": 1}')"""
 
 
 class ScriptedRunner(Runner):
@@ -35,7 +35,8 @@ def _runner(
 ) -> tuple[ScriptedRunner, list[str]]:
     said: list[str] = []
     loaded = preset.load(write_preset(tmp_path / "toy.toml", text))
-    runner = ScriptedRunner(StudyDirectory(tmp_path / "toy"), loaded, jobs=jobs, say=said.append)
+    study = StudyDirectory(tmp_path / "toy")
+    runner = ScriptedRunner(study, loaded, jobs=jobs, exclusive=jobs == 1, say=said.append)
     runner.script = script
     return runner, said
 
@@ -116,25 +117,78 @@ def test_an_orphaned_worker_is_waited_for(tmp_path: Path) -> None:
         thread.start()
         while not said:
             time.sleep(0.01)
-        directory.result.write_text("{}")
+        directory.result.write_text('{"schema": 1}')
     thread.join(timeout=10)
     assert "still at work on it" in said[0]
     assert "already done" in said[1]
 
 
 def test_filters_take_methods_seeds_and_wildcards(tmp_path: Path) -> None:
-    runs = preset.load(write_preset(tmp_path / "toy.toml")).runs()
-    assert [run.label for run in select(runs, ["PAT"])] == ["PAT/0", "PAT/1", "PAT/2"]
-    assert [run.label for run in select(runs, ["*/1"])] == ["dense/1", "PAT/1", "ClickTrain/1"]
-    assert [run.label for run in select(runs, ["PAT/2", "dense/0"])] == ["dense/0", "PAT/2"]
-    assert select(runs, []) == runs
+    loaded = preset.load(write_preset(tmp_path / "toy.toml"))
+
+    def labels(*only: str) -> list[str]:
+        return [run.label for run in select(loaded, only)]
+
+    assert labels("PAT") == ["PAT/0", "PAT/1", "PAT/2"]
+    assert labels("*/1") == ["dense/1", "PAT/1", "ClickTrain/1"]
+    assert labels("PAT/2", "dense/0") == ["dense/0", "PAT/2"]
+    assert select(loaded, []) == loaded.runs()
     with pytest.raises(InvalidArgument, match="--only PTA: matches none of the runs dense/0"):
-        select(runs, ["PAT", "PTA"])
+        labels("PAT", "PTA")
+
+
+def test_a_claim_stands_for_the_runs_that_its_verdict_takes(tmp_path: Path) -> None:
+    loaded = preset.load(write_preset(tmp_path / "toy.toml"))
+    chosen = {claim: {run.method for run in select(loaded, [claim])} for claim in loaded.claims}
+    assert chosen["accuracy-vs-dense"] == chosen["inference-flops-saved"] == {"dense", "ClickTrain"}
+    assert chosen["accuracy-vs-pat"] == {"dense", "PAT", "ClickTrain"}
+    with pytest.raises(InvalidArgument, match="does not check that claim: it needs PruneTrain"):
+        select(loaded, ["accuracy-vs-pdt"])
+
+
+def test_runs_whose_times_are_compared_never_share_the_machine(tmp_path: Path) -> None:
+    loaded = preset.load(write_preset(tmp_path / "toy.toml"))
+    with pytest.raises(InvalidArgument, match=r"--jobs 2: no-time-overhead compare times.*--shared"):
+        Runner(StudyDirectory(tmp_path / "toy"), loaded, jobs=2).run()
+    assert not (tmp_path / "toy").exists()
+    check_jobs(loaded, loaded.runs(), 2, exclusive=False)
+    check_jobs(loaded, loaded.runs(), 1, exclusive=True)
+    check_jobs(loaded, select(loaded, ["PAT"]), 2, exclusive=True)  # no claim of this study compares its time
+
+
+def test_results_of_another_version_are_refused_before_any_run(tmp_path: Path) -> None:
+    runner, said = _runner(tmp_path, lambda spec: FINISH)
+    directory = _directory(tmp_path, "ClickTrain/2")
+    directory.path.mkdir(parents=True)
+    directory.result.write_text('{"schema": 99}')
+    with pytest.raises(DataError, match="of format 99, expected 1: go on with the version that wrote it"):
+        runner.run()
+    assert said == []
+
+
+def test_a_full_disk_ends_the_study_with_its_name_and_harms_nothing(tmp_path: Path) -> None:
+    assert _runner(tmp_path, lambda spec: FINISH)[0].run(["dense/0"]) == []
+    full = paths.log(_directory(tmp_path, "PAT/0"))
+    full.parent.mkdir(parents=True)
+    full.symlink_to("/dev/full")  # where every write fails as on a full disk
+    runner, _ = _runner(tmp_path, lambda spec: "print('x' * 10000)\nsys.exit(1)")
+    with pytest.raises(OSError, match="No space left on device"):
+        runner.run(["PAT/0"])
+    assert [state(_directory(tmp_path, label)) for label in ("dense/0", "PAT/0")] == [State.DONE, State.TO_COME]
+    full.unlink()
+    assert _runner(tmp_path, lambda spec: FINISH)[0].run(["*/0"]) == []
+
+
+def test_a_run_in_several_processes_is_started_by_torchrun(tmp_path: Path) -> None:
+    loaded = preset.load(write_preset(tmp_path / "toy.toml"))
+    runner = Runner(StudyDirectory(tmp_path / "toy"), loaded, processes=2)
+    command = runner.command(loaded.runs()[0], _directory(tmp_path, "dense/0"))
+    assert command[1:7] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "clicktrain"]
 
 
 def test_jobs_must_be_positive(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="--jobs 0"):
-        _runner(tmp_path, lambda spec: FINISH, jobs=0)
+        _runner(tmp_path, lambda spec: FINISH, jobs=0)[0].run()
 
 
 def test_an_unwritable_results_directory_is_one_clear_error(tmp_path: Path) -> None:

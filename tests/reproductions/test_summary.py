@@ -42,7 +42,8 @@ def test_every_claim_has_a_verdict(tmp_path: Path) -> None:
     assert words["training-flops-saved"] == REPRODUCED
     assert words["inference-flops-saved"] == REPRODUCED
     assert words["end-to-end-time-vs-pat"].startswith("not run in this preset")
-    assert words["kernel-speedup"] == "not run in this preset (needs the kernel benchmarks)"
+    assert words["kernel-speedup-cpu"] == "not run in this preset (needs python -m bench.cpu)"
+    assert words["kernel-speedup"] == NOT_ON_HARDWARE
 
 
 def test_the_verdict_says_how_good_the_dense_network_is(tmp_path: Path) -> None:
@@ -82,8 +83,11 @@ def test_stored_evidence_stands_beside_another_study(tmp_path: Path, monkeypatch
     monkeypatch.setattr(paths, "EVIDENCE", tmp_path / "evidence")
     make_study(tmp_path / "evidence" / "long")
     study = make_study(tmp_path / "results" / "toy")
+    monkeypatch.setattr(paths, "BENCHMARKS", tmp_path)
     stored = stored_verdicts(study)["accuracy-vs-dense"]
-    assert [(entry.study.directory.name, entry.row.verdict.word) for entry in stored] == [("long", REPRODUCED)]
+    assert [(entry.source, entry.subject, entry.verdict.word) for entry in stored] == [
+        ("long study, toy data", "ClickTrain", REPRODUCED)
+    ]
     assert stored_verdicts(load_study(StudyDirectory(tmp_path / "evidence" / "long"))) == {}
 
 

@@ -1,7 +1,9 @@
+import math
 from dataclasses import replace
 
 import pytest
 
+from clicktrain import official
 from reproductions.claims import BY_ID, CLAIMS
 from reproductions.verdicts import EXCEEDED, NOT_EXCLUSIVE, NOT_REPRODUCED, REPRODUCED, TOO_FEW, judge, not_run
 
@@ -78,6 +80,35 @@ def test_counts_are_exact_and_judged_by_their_range(saved: list[float], expected
     assert (verdict.estimate.low, verdict.estimate.high) == (min(saved), max(saved))
 
 
+def test_an_accuracy_is_judged_by_its_mean_over_seeds() -> None:
+    claim = BY_ID["top1-cifar10_vgg13@9.0x"]
+    assert claim.published == (93.52, 93.52)
+    assert judge(claim, {0: 93.4, 1: 93.5, 2: 93.6}, {}).word == REPRODUCED
+    assert judge(claim, {0: 93.0, 1: 93.6, 2: 92.2}, {}).word == TOO_FEW
+    assert judge(claim, {0: 92.0, 1: 92.1, 2: 91.9}, {}).word == NOT_REPRODUCED
+    assert judge(claim, {0: 94.2, 1: 94.3, 2: 94.25}, {}).word == EXCEEDED
+    assert judge(claim, {}, {}).estimate is None
+
+
+def test_a_goal_that_is_an_upper_bound_cannot_be_exceeded() -> None:
+    claim, dense = BY_ID["fast-time"], dict.fromkeys(range(3), 100.0)
+    assert judge(claim, dict.fromkeys(range(3), 70.0), dense).word == REPRODUCED
+    assert judge(claim, dict.fromkeys(range(3), 10.0), dense).word == REPRODUCED
+    assert judge(claim, dict.fromkeys(range(3), 71.0), dense).word == NOT_REPRODUCED
+
+
+def test_every_accuracy_in_the_released_comments_is_a_claim() -> None:
+    claims = [claim for claim in CLAIMS if claim.id.startswith("top1-")]
+    reported = [config for config in official.ROWS if config.reported]
+    assert [claim.subject for claim in claims] == [config.address for config in reported]
+    assert len(claims) == 13
+    for claim, config in zip(claims, reported, strict=True):
+        best = max(result.top1 for result in config.reported)
+        assert claim.published == (best, best)
+        assert config.lam in {result.lam for result in config.reported if result.top1 == best}
+        assert config.row in claim.statement
+
+
 def test_saving_is_of_the_rivals_flops() -> None:
     verdict = judge(BY_ID["training-flops-saved"], {0: 60.0}, {0: 100.0})
     assert verdict.word == REPRODUCED
@@ -100,7 +131,8 @@ def test_claims_are_well_formed() -> None:
     for claim in CLAIMS:
         assert claim.published[0] <= claim.published[1]
         assert claim.tolerance >= 0
-        assert (claim.rival is None) == (claim.comparison == "value")
+        assert (claim.rival is None) == (claim.comparison in ("value", "mean"))
+        assert claim.better == "higher" or not math.isinf(claim.published[1])
     with pytest.raises(AttributeError):
         CLAIMS[0].tolerance = 9.0  # type: ignore[misc]
     assert replace(CLAIMS[0], tolerance=9.0) != CLAIMS[0]

@@ -31,6 +31,7 @@ def test_nothing_measured_is_a_dash() -> None:
         ("training-flops-saved", "36.7 to 45.2 % (tolerance 0.5)"),
         ("accuracy-vs-pdt", "over 0 points"),
         ("accuracy-vs-dense", "0 points (tolerance 1)"),
+        ("fast-time", "at most 0.7x"),
     ],
 )
 def test_published_values_read_as_in_the_paper(claim: str, text: str) -> None:

@@ -1,0 +1,117 @@
+"""The README's tables of results, generated from the evidence that comes with the suite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from clicktrain.errors import ConfigError
+from clicktrain.files import write_atomic
+from reproductions import arithmetic
+from reproductions.claims import CLAIMS, Claim
+from reproductions.store import Study
+from reproductions.summary import MethodSummary, StoredRow, evidence_studies, stored_evidence, summarize
+from reproductions.wording import MISSING, interval, measured, published, spread
+
+BEGIN = "<!-- results: begin (python -m reproductions tables --write) -->"
+END = "<!-- results: end -->"
+
+_METHODS = (
+    "method", "runs", "accuracy, %", "less dense, points", "compression", "inference FLOPs saved, %",
+    "training FLOPs saved, %", "time / dense",
+)  # fmt: skip
+
+
+def render() -> str:
+    """Return all tables as Markdown."""
+    studies = evidence_studies()
+    parts = [claims_table(), accountings_table(), *(methods_table(study) for study in studies)]
+    return "\n\n".join(parts)
+
+
+def replaced(text: str, path: Path) -> str:
+    """Return the text of a README with the tables of now between its markers.
+
+    Raises
+    ------
+    ConfigError
+        It has no markers.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ConfigError(f"{path}: expected the lines {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n\n{render()}\n\n{END}{after}"
+
+
+def write(path: Path) -> None:
+    """Bring the tables in a README up to date."""
+    write_atomic(path, replaced(path.read_text(encoding="utf-8"), path))
+
+
+def claims_table() -> str:
+    """Return the verdict of the largest study on each claim, and which claims no evidence is about yet."""
+    stored = stored_evidence()
+    rows = [_claim_row(row) for claim in CLAIMS for row in _strongest(stored.get(claim.id, []))]
+    table = _table(("claim", "method", "published", "measured", "verdict", "evidence"), rows)
+    missing = [claim for claim in CLAIMS if claim.id not in stored]
+    return f"{table}\n\n{_not_measured(missing)}" if missing else table
+
+
+def _strongest(rows: Sequence[StoredRow]) -> list[StoredRow]:
+    """Return the rows of the source with the most runs."""
+    sizes = {row.source: row.verdict.estimate.n for row in rows if row.verdict.estimate is not None}
+    best = max(sizes, key=lambda source: sizes[source]) if sizes else None
+    return [row for row in rows if row.source == best]
+
+
+def _claim_row(row: StoredRow) -> Sequence[str]:
+    figures = measured(row.claim, row.verdict.estimate)
+    return row.claim.statement, row.subject, published(row.claim), figures, f"**{row.verdict.word}**", row.source
+
+
+def _not_measured(claims: Iterable[Claim]) -> str:
+    listed = ", ".join(f"`{claim.id}`" for claim in claims)
+    return f"Not measured yet, see `reproductions/claims.py`: {listed}."
+
+
+def accountings_table() -> str:
+    """Return which accounting and schedule give the published savings of training FLOPs."""
+    low, high = arithmetic.PUBLISHED_TRAINING
+    rows = [
+        (
+            group.schedule,
+            f"{group.accounting}: {arithmetic.ACCOUNTINGS[group.accounting]}",
+            f"{min(group.savings):.1f} to {max(group.savings):.1f} %",
+            f"{group.inside} of {len(group.savings)}",
+        )
+        for group in arithmetic.groups()
+    ]
+    within = f"within the published {low:g} to {high:g} %"
+    title = "Training FLOPs saved by the released configurations with a known accuracy, by arithmetic:"
+    return f"{title}\n\n{_table(('schedule', 'accounting', 'saved', within), rows)}"
+
+
+def methods_table(study: Study) -> str:
+    """Return what each method of a study reached."""
+    title = f"{study.preset.title}: {study.preset.data_label}, mean and standard deviation over seeds."
+    return f"{title}\n\n{_table(_METHODS, [_method_row(summary) for summary in summarize(study)])}"
+
+
+def _method_row(summary: MethodSummary) -> Sequence[str]:
+    figures = summary.figures
+    return (
+        summary.row.name,
+        str(summary.n),
+        spread(figures.get("accuracy")),
+        interval(summary.accuracy_difference, signed=True),
+        spread(figures.get("compression"), 2, "x"),
+        spread(figures.get("inference_flops_saved"), 1),
+        spread(summary.training_flops_saved, 1),
+        interval(summary.time_ratio, 2, "x"),
+    )
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") or MISSING for cell in line) + " |" for line in lines)

@@ -1,0 +1,61 @@
+from pathlib import Path
+
+import pytest
+
+from clicktrain.errors import ConfigError
+from reproductions import arithmetic, paths, tables
+from reproductions.claims import CLAIMS
+from tests.helpers.studies import make_study
+
+
+def test_the_readme_says_what_the_evidence_says() -> None:
+    readme = paths.README.read_text(encoding="utf-8")
+    assert readme == tables.replaced(readme, paths.README), "run: python -m reproductions tables --write"
+
+
+def test_tables_come_from_the_evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "EVIDENCE", tmp_path / "evidence")
+    monkeypatch.setattr(paths, "BENCHMARKS", tmp_path)
+    make_study(tmp_path / "evidence" / "long")
+    make_study(tmp_path / "evidence" / "short", skip=("ClickTrain/1", "ClickTrain/2"))
+    text = tables.render()
+    (row,) = [line for line in text.splitlines() if line.startswith("| The pruned network is within 1 point")]
+    assert row.startswith("| The pruned network is within 1 point of the dense one | ClickTrain |")
+    assert row.endswith(", n = 3 | **reproduced** | long study, toy data |")
+    assert "short study" not in text.split("Toy study")[0]
+    assert text.count("| ClickTrain | 3 | 89.60") == 1
+    missing = text[text.index("Not measured yet") :].split("\n")[0]
+    assert "`kernel-speedup`" in missing
+    assert "`accuracy-vs-dense`" not in missing
+    for line in text.splitlines():
+        assert not line.startswith("|") or line.endswith("|")
+
+
+def test_every_claim_is_in_a_table_or_named_as_not_measured() -> None:
+    text = tables.render()
+    assert all(claim.statement in text or f"`{claim.id}`" in text for claim in CLAIMS)
+
+
+def test_tables_are_written_between_their_markers(tmp_path: Path) -> None:
+    file = tmp_path / "README.md"
+    file.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+    tables.write(file)
+    text = file.read_text()
+    assert text.startswith(f"before\n{tables.BEGIN}\n\n| claim |")
+    assert text.endswith(f"\n\n{tables.END}\nafter\n")
+    assert "\nold\n" not in text
+    tables.write(file)
+    assert file.read_text() == text
+    file.write_text("nothing\n")
+    with pytest.raises(ConfigError, match="expected the lines"):
+        tables.write(file)
+
+
+def test_the_paper_schedule_is_what_the_published_training_flops_imply() -> None:
+    groups = {group.name: group for group in arithmetic.groups()}
+    assert groups["released, A"].inside == groups["released, B"].inside == 0
+    assert groups["paper, A"].inside == max(group.inside for group in groups.values())
+    assert all(35 <= value <= 45.2 for value in groups["paper, A"].savings)
+    assert all(value > 45.2 for value in groups["fast, A"].savings)
+    low, high = arithmetic.PUBLISHED_INFERENCE
+    assert sum(low <= value <= high for value in arithmetic.inference()) == 12
