@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from clicktrain import distributed
 from clicktrain.config import RunConfig
 from clicktrain.errors import InvalidArgument
-from clicktrain.training import Trainer, build, train
+from clicktrain.training import Callback, Trainer, build, train
 from clicktrain.training.metrics import read_metrics
 from tests.helpers import torchrun, toy
 
@@ -21,9 +22,22 @@ CLOSE = {"rel": 2e-4, "abs": 2e-5}  # float32 sums in another order, over 9 step
 
 
 @pytest.fixture(autouse=True)
-def _as_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("clicktrain.data.load", toy.load_data)
-    monkeypatch.setattr("clicktrain.models.create", toy.create_model)
+def _as_toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use toy data and networks, and put things back afterwards, whatever a test makes of them."""
+    _use_toy(monkeypatch)
+
+
+def _use_toy(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("clicktrain.data.load", toy.load_data)
+    patch.setattr("clicktrain.models.create", toy.create_model)
+
+
+class Stop(Callback):
+    """Interrupts a run in its regularised stage."""
+
+    def on_step(self, record: dict[str, Any]) -> None:
+        if record["step"] == 4:
+            raise KeyboardInterrupt
 
 
 def alone(kind: str, config: RunConfig, out: Path) -> dict[str, Any]:
@@ -38,10 +52,15 @@ def losses(out: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train in two processes: batch norm, group norm, and a run that dies in its sparse stage."""
+    """Train in two processes: batch norm, group norm, a run begun in one, and a run that dies in its sparse stage."""
     folder = tmp_path_factory.mktemp("two")
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        _use_toy(patch)
+        torchrun.use("batch")
+        train(CLICKTRAIN, folder / "begun", callbacks=[Stop()])
     config = CLICKTRAIN.model_dump(exclude_none=True)
-    kinds = {"batch": {"network": "batch"}, "group": {"network": "group"}, "dead": {"network": "batch", "die_at": 8}}
+    kinds = {name: {"network": name} for name in ("batch", "group")}
+    kinds |= {"begun": {"network": "batch"}, "dead": {"network": "batch", "die_at": 8}}
     done = torchrun.launch(
         folder, [{"config": config, "out": str(folder / name), **run} for name, run in kinds.items()]
     )
@@ -95,6 +114,14 @@ def test_a_run_of_two_processes_goes_on_in_one(runs: Path) -> None:
     assert losses(runs / "dead")[: len(begun)] == begun
     assert losses(runs / "dead")[:8] == losses(runs / "batch")[:8]
     assert losses(runs / "dead") == pytest.approx(losses(runs / "batch"), rel=0.3)
+
+
+def test_a_run_of_one_process_goes_on_in_two(runs: Path) -> None:
+    record = json.loads((runs / "begun" / "provenance.json").read_text())
+    assert [record["distributed"], record["resumed"][0]["distributed"]] == [None, {"processes": 2}]
+    assert json.loads((runs / "begun" / "result.json").read_text())["status"] == "done"
+    assert losses(runs / "begun")[:4] != losses(runs / "batch")[:4]
+    assert losses(runs / "begun") == pytest.approx(losses(runs / "batch"), rel=0.3)
 
 
 def test_one_process_is_not_in_any_group() -> None:

@@ -43,7 +43,8 @@ class Replica:
         same = len(parameters) == len(self._parameters) and all(map(_is, parameters, self._parameters))
         if self._parallel is None or not same:
             self._parallel = None  # first: its hooks on parameters that stay must be gone
-            self._parallel = DistributedDataParallel(self._method.model)
+            # statistics of the others are never read: the first process evaluates and writes checkpoints
+            self._parallel = DistributedDataParallel(self._method.model, broadcast_buffers=False)
             self._parameters = parameters
         return self._parallel
 
