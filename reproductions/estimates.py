@@ -26,7 +26,7 @@ from reproductions.sharing import Sharing
 from reproductions.store import State, read_run, state
 
 _ROUNDS = 3
-_PROBE_FLOPS = 5e10  # of one measured step, at most, if two images need less
+_PROBE_FLOPS = 2e10  # of one measured step, at most, if two images need less
 _PROBE_IMAGES = 32
 _EVALUATION = 1 / 3  # of a training step on as many images: it has no backward pass
 
