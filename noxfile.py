@@ -16,6 +16,7 @@ import sys
 import urllib.request
 
 import nox
+from nox.virtualenv import PassthroughEnv
 
 nox.needs_version = ">=2024.10"
 nox.options.default_venv_backend = "virtualenv"
@@ -42,7 +43,8 @@ def tests(session: nox.Session) -> None:
     session.run("mypy", "--strict", "clicktrain")
     # One process a core, one thread each: threads that wait for one another in tiny networks only cost time.
     one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    session.run("pytest", "-n", "auto", "--dist", "loadfile", *session.posargs, env=one_thread)
+    words = ["-n", "auto", "--dist", "loadfile", "-p", "no:benchmark"]
+    session.run("pytest", *words, *session.posargs, env=one_thread)
 
 
 @nox.session(default=False)
@@ -50,6 +52,16 @@ def slow(session: nox.Session) -> None:
     """Run the long tests: kill tests, sanitizers, planted slow-downs."""
     install(session, "dev")
     session.run("pytest", "-m", "slow", *session.posargs)
+
+
+@nox.session(default=False)
+def bench(session: nox.Session) -> None:
+    """Add the last commit to the history of benchmarks and publish it; `-- --quick` tries each once (see bench/)."""
+    install(session, "bench")
+    # asv installs every commit into an environment of its own, with pip and what pip needs to know about torch.
+    indexes = [os.environ.get("PIP_EXTRA_INDEX_URL"), torch_index()]
+    extra = " ".join(index for index in indexes if index)
+    session.run("python", "-m", "bench.history", *session.posargs, env={"PIP_EXTRA_INDEX_URL": extra} if extra else {})
 
 
 @nox.session(default=False)
@@ -61,7 +73,12 @@ def gpu(session: nox.Session) -> None:
 
 
 def install(session: nox.Session, *extras: str) -> None:
-    """Install the project in place with some of its extras, and first a torch that suits the machine."""
+    """Install the project in place with some of its extras, and first a torch that suits the machine.
+
+    With ``--no-venv`` nothing is installed: the environment that nox runs in is taken as it is.
+    """
+    if isinstance(session.virtualenv, PassthroughEnv):
+        return
     index = torch_index()
     if index:
         session.install(*torch_requirements(), "--extra-index-url", index)

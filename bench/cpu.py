@@ -14,22 +14,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
+from bench.suite.cases import DENSE, TOLERANCE, Case
 from bench.suite.workloads import GOALS, Goal, Workload
-from clicktrain import kernels, provenance, timing
+from clicktrain import provenance, timing
 from clicktrain.files import write_atomic
 from clicktrain.kernels.cpu import backend
 
-aten = torch.ops.aten
-
-DENSE = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
-"""The dense contenders: torch's memory formats."""
-TOLERANCE = 1e-4  # dense and sparse sum in different orders; the tests hold the sparse kernels to 1e-5 of float64
 SHAPE_WIDTH = 44
 
 
@@ -70,81 +63,17 @@ class Row:
         )
 
 
-class Case:
-    """Operands of a workload, and contenders for the three functions on them.
-
-    Parameters
-    ----------
-    workload : Workload
-        The layer with its sparsity and batch.
-    """
-
-    def __init__(self, workload: Workload) -> None:
-        self.workload, self.shape = workload, workload.shape
-        self.assignment = workload.assignment()
-        self.x, self.dy, weight = workload.operands()
-        self.weight = weight * self.assignment.mask()
-        self.values = self.assignment.gather(self.weight).contiguous()
-        self.plan = kernels.plan(self.assignment, None, workload.input_shape, self.shape.stride, self.shape.padding)
-        self.xb, self.dyb = backend.pack(self.x), backend.pack(self.dy)
-
-    @property
-    def flops(self) -> int:
-        """Floating-point operations of each function, kept weights only."""
-        height, width = self.shape.output_size
-        return 2 * self.values.numel() * self.workload.batch * height * width
-
-    def dense(self, function: str, layout: torch.memory_format) -> timing.Contender:
-        """Return the dense contender in a memory format."""
-        x, dy, w = (tensor.contiguous(memory_format=layout) for tensor in (self.x, self.dy, self.weight))
-        stride, padding = [self.shape.stride] * 2, [self.shape.padding] * 2
-        if function == "forward":
-            return timing.Contender(lambda: F.conv2d(x, w, None, stride, padding))
-
-        def backward(wanted: int) -> Tensor:
-            mask = [wanted == 0, wanted == 1, False]
-            gradients = aten.convolution_backward(dy, x, w, None, stride, padding, [1, 1], False, [0, 0], 1, mask)
-            return gradients[wanted]  # type: ignore[no-any-return]
-
-        if function == "grad_input":
-            return timing.Contender(lambda: backward(0))
-        return timing.Contender(lambda: backward(1), lambda dw: self.assignment.gather(cast(Tensor, dw)))
-
-    def blocked(self, function: str) -> timing.Contender:
-        """Return the sparse contender on blocked activations."""
-
-        def unpacked(y: object) -> Tensor:
-            return backend.unpack(cast(Tensor, y), self.workload.batch)
-
-        if function == "forward":
-            return timing.Contender(lambda: backend.forward_blocked(self.xb, self.values, self.plan), unpacked)
-        if function == "grad_input":
-            return timing.Contender(lambda: backend.grad_input_blocked(self.dyb, self.values, self.plan), unpacked)
-        return timing.Contender(lambda: backend.grad_values_blocked(self.xb, self.dyb, self.plan))
-
-    def nchw(self, function: str) -> timing.Contender:
-        """Return the sparse contender that packs and unpacks."""
-        if function == "forward":
-            return timing.Contender(lambda: backend.forward(self.x, self.values, self.plan))
-        if function == "grad_input":
-            return timing.Contender(lambda: backend.grad_input(self.dy, self.values, self.plan))
-        return timing.Contender(lambda: backend.grad_values(self.x, self.dy, self.plan))
-
-
 @torch.inference_mode()
 def measure(workload: Workload, function: str, rounds: int) -> Row:
     """Check and time one function of a workload against the dense layouts."""
     case, peak = Case(workload), timing.peak()
     contenders = {name: case.dense(function, layout) for name, layout in DENSE.items()}
-    truth = contenders["NCHW"]
-    assert truth.result is not None
     contenders |= {
         "blocked": case.blocked(function),
         "nchw": case.nchw(function),
         "peak": timing.Contender(peak.run, None),
     }
-    reference = cast(Tensor, truth.result(truth.run()))
-    times = timing.compare(contenders, reference, tolerance=TOLERANCE, warmup_seconds=0.1, rounds=rounds)
+    times = timing.compare(contenders, case.reference(function), tolerance=TOLERANCE, warmup_seconds=0.1, rounds=rounds)
     best = times.best(*DENSE)
     return Row(
         workload.name, function, best, times.speedup(best, "blocked"), times.speedup(best, "nchw"),

@@ -191,6 +191,21 @@ class Workload:
         return x, dy, weight
 
 
+MEASURED = {
+    workload.name: workload
+    for workload in (
+        Workload(LAYERS["vgg13.128x16"], 32, 8.1),
+        Workload(LAYERS["vgg13.512x4"], 32, 2.25),
+        Workload(LAYERS["resnet18.128-256x28/2"], 8, 8.1),
+        Workload(LAYERS["resnet18.512x7"], 8, 8.1, "official8"),
+        Workload(LAYERS["resnet18.256x14"], 1, 4.5),
+        Workload(LAYERS["resnet50.256-1024x14k1"], 8, 4.5),
+    )
+}
+"""The few workloads that are followed from commit to commit, by name: large and small images, batch 1, stride 2, 1x1,
+little and much pruning, two pools."""
+
+
 @dataclass(frozen=True)
 class Goal:
     """A geometric mean over layers that a backend must reach.
