@@ -65,6 +65,13 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def bench_gate(session: nox.Session) -> None:
+    """Tell whether the last commit made a kernel slower: `-- --base REVISION [--all]` (2 minutes besides building)."""
+    install(session, "bench")
+    session.run("python", "-m", "bench.gate", *session.posargs)
+
+
+@nox.session(default=False)
 def gpu(session: nox.Session) -> None:
     """Run the tests and the benchmark that need an NVIDIA GPU; fails where there is none."""
     install(session, "dev", "cuda")

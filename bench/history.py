@@ -25,14 +25,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("revisions", nargs="?", default="HEAD^!", help="of git, such as v1..main (default: the last)")
     parser.add_argument("--quick", action="store_true", help="try every benchmark once: proves that it runs, no more")
     parser.add_argument("--bench", default=".", metavar="REGEX", help="only benchmarks whose name matches")
+    parser.add_argument("--machine", help="whose history it is (default: the name of this machine)")
     options = parser.parse_args(arguments)
-    if code := _asv("machine", "--yes"):
+    machine = ["--machine", options.machine] if options.machine else []
+    if code := _asv("machine", "--yes", *machine):
         return code
     if options.quick:
         here = ["--python=same", "--set-commit-hash", "HEAD", "--dry-run"]
-        return _asv("run", "--quick", *here, "--show-stderr", "--bench", options.bench, **{STRICT: "1"})
-    code = _asv("run", "--show-stderr", "--bench", options.bench, options.revisions)
-    return code or _asv("publish")
+        return _asv("run", "--quick", *here, *machine, "--show-stderr", "--bench", options.bench, **{STRICT: "1"})
+    code = _asv("run", *machine, "--show-stderr", "--bench", options.bench, options.revisions)
+    return _asv("publish") or code  # what did not fail is history, too
 
 
 def _asv(*words: str, **environment: str) -> int:

@@ -204,6 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "quick": options.quick,
         "setting": asdict(setting),
         "provenance": provenance.collect(),
+        "ceilings": asdict(timing.ceilings()),
         "threads": asdict(timing.Threads.now()),
     }
     if not options.no_losses:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -146,13 +147,20 @@ def plan(
 
 
 @app.command()
-def info(as_json: Json = False) -> None:
+def info(
+    as_json: Json = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure what the CPU can do at most: multiply-adds and memory, a second.")
+    ] = False,
+) -> None:
     """Print versions, devices, and which backends can compute here, or why not."""
-    from clicktrain import kernels, provenance
+    from clicktrain import kernels, provenance, timing
 
     record = provenance.collect()
     facts = {key: record[key] for key in ("code", "python", "packages", "platform", "cpu", "gpu", "threads")}
     facts["backends"] = kernels.available()
+    if measure:
+        facts["ceilings"] = asdict(timing.ceilings())
     if as_json:
         print(json.dumps(facts, indent=2))
         return
@@ -160,9 +168,13 @@ def info(as_json: Json = False) -> None:
         if isinstance(value, dict):
             print(key)
             for name, entry in value.items():
-                print(f"  {name:<14}{'yes' if entry is True else entry}")
+                print(f"  {name:<21}{_shown(entry)}")
         else:
-            print(f"{key:<16}{'none' if value is None else value}")
+            print(f"{key:<23}{'none' if value is None else value}")
+
+
+def _shown(entry: object) -> object:
+    return "yes" if entry is True else f"{entry:.1f}" if isinstance(entry, float) else entry
 
 
 def _print_result(result: dict[str, Any]) -> None:

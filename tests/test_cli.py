@@ -10,6 +10,7 @@ import pytest
 
 from clicktrain import cli
 from clicktrain.config import RunConfig
+from clicktrain.timing import Ceilings
 from tests.helpers import toy
 
 
@@ -197,8 +198,24 @@ def test_info_lists_versions_devices_and_backends(
     assert facts["cpu"]["usable"] >= 1
     assert call("info") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "  reference     yes" in lines
-    assert "  fast          no compiler here" in lines
+    assert "  reference            yes" in lines
+    assert "  fast                 no compiler here" in lines
+    assert "ceilings" not in lines
+
+
+def test_info_measures_the_ceilings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("clicktrain.timing.ceilings", lambda: Ceilings(123.45, 6.78, 2, "registers"))
+    assert call("info", "--measure", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["ceilings"] == {
+        "gflops": 123.45,
+        "gigabytes_per_second": 6.78,
+        "threads": 2,
+        "source": "registers",
+    }
+    assert call("info", "--measure") == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = lines.index("ceilings")
+    assert [line.split() for line in lines[at + 1 : at + 3]] == [["gflops", "123.5"], ["gigabytes_per_second", "6.8"]]
 
 
 def test_help_exits_0(capsys: pytest.CaptureFixture[str]) -> None:

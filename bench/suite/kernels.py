@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from itertools import count
+from typing import Any
 
 import torch
 
@@ -67,6 +68,32 @@ class Reached:
         return self._found.share_of_peak
 
     track_share_of_peak.unit = "of the multiply-add peak"
+
+
+class Ceilings:
+    """What the machine could do at most while all this was measured."""
+
+    version = "1"
+
+    def setup_cache(self) -> Any:
+        try:
+            return need("clicktrain.timing:ceilings")()
+        except NotImplementedError:
+            return None
+
+    def setup(self, measured: Any) -> None:
+        if measured is None:
+            raise NotImplementedError("this commit measures no ceilings")
+
+    def track_gflops(self, measured: Any) -> float:
+        return measured.gflops
+
+    track_gflops.unit = "GFLOP/s"
+
+    def track_gigabytes_per_second(self, measured: Any) -> float:
+        return measured.gigabytes_per_second
+
+    track_gigabytes_per_second.unit = "GB/s"
 
 
 class Packing:

@@ -1,0 +1,1 @@
+"""Tells whether a commit made a kernel slower: `python -m bench.gate --base REVISION`; see bench/README.md."""
