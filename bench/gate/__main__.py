@@ -74,6 +74,8 @@ def _run(options: argparse.Namespace) -> int:
             print(f"building {base[:12]} and {head[:12]} for {len(items)} items", flush=True)
             missing = measurer.prepare(items)
             items = [item for item in items if item.name not in missing]
+            if not items:
+                raise ClickTrainError(f"nothing can be compared: {next(iter(missing.values()))}")
             start = time.monotonic()
             verdicts, report["rounds"] = decide(items, measurer, options.seconds, _progress)
             report["seconds"] = time.monotonic() - start

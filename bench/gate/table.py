@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from bench.gate.decision import SLOWDOWN, Verdict
@@ -15,12 +16,13 @@ def table(
     chosen: Sequence[Item], verdicts: Mapping[str, Verdict], missing: Mapping[str, str], base: str, head: str
 ) -> str:
     """Return the table of what was measured, the slower first, and below it what was not, and why."""
-    lines = [f"Time of {head[:12]} over time of {base[:12]}, one thread on one core:", ""]
+    lines = [f"Time of {head[:12]} over time of {base[:12]}, one thread on one core:"]
     rows = sorted(
         (item for item in chosen if item.name in verdicts), key=lambda item: _ORDER[verdicts[item.name].state]
     )
     if rows:
         lines += [
+            "",
             "| kernel | layer | ratio | noise | sessions | verdict | confidence |",
             "|---|---|--:|--:|--:|---|--:|",
         ]
@@ -31,9 +33,10 @@ def table(
             f"{v.confidence:.2%} |"
         )
     lines += [f"Not in the base commit: {reason}" for reason in missing.values()]
-    skipped = [item.name for item in chosen if item.name not in verdicts and item.name not in missing]
+    skipped = Counter(item.kernel for item in chosen if item.name not in verdicts and item.name not in missing)
     if skipped:
-        lines += ["", f"Not measured, as nothing that they use has changed: {', '.join(skipped)}."]
+        listed = ", ".join(f"{kernel} ({count})" for kernel, count in skipped.items())
+        lines += ["", f"Not measured, as nothing that they use has changed (layers): {listed}."]
     return "\n".join(lines)
 
 

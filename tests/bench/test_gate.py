@@ -248,7 +248,7 @@ def test_nothing_to_measure_is_said(repository: Path, tmp_path: Path, capsys: py
     printed = capsys.readouterr().out
     assert "Nothing was measured: no change can have made a kernel slower." in printed
     assert (tmp_path / "table.md").read_text() == printed
-    assert all(item.name in printed for item in ITEMS)
+    assert "has changed (layers): forward (6), grad_input (6), grad_values (6), pack (1), unpack (1), " in printed
 
 
 @pytest.mark.parametrize(("factor", "noise", "code"), [(1.0, 0.01, 0), (1.3, 0.01, 1), (1.0, 0.5, 1)])
@@ -286,7 +286,22 @@ def test_the_command_with_a_machine_of_known_speed(
     assert set(report["rounds"]) == set(report["verdicts"])
     printed = capsys.readouterr().out
     assert "Not in the base commit: no training step" in printed
-    assert "Not measured, as nothing that they use has changed: forward of " in printed
+    assert "Not measured, as nothing that they use has changed (layers): forward (6), grad_input (6), " in printed
+
+
+def test_a_base_that_has_nothing_of_it_is_no_pass(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Machine(Noise):
+        def __init__(self, *builds: Build) -> None:
+            super().__init__(0, 0.01)
+
+        def prepare(self, items: Sequence[Item]) -> dict[str, str]:
+            return {item.name: f"{item.name} cannot be measured on base" for item in items}
+
+    monkeypatch.setattr(gate, "Measurer", Machine)
+    assert run_gate(repository, "--base", "HEAD~2") == 2
+    assert "error: nothing can be compared: grad_values of " in capsys.readouterr().err
 
 
 def test_the_table_names_kernel_layer_ratio_and_confidence() -> None:
@@ -299,7 +314,7 @@ def test_the_table_names_kernel_layer_ratio_and_confidence() -> None:
     lines = table(ITEMS[:4], verdicts, {}, "b" * 40, "h" * 40).splitlines()
     assert f"| {slow.kernel} | {slow.layer} | 1.234 | 2.1% | 3 | **slower** | 99.97% |" in lines
     assert [line for line in lines if line.startswith("| forward")][1].count("**not sure**") == 1
-    assert lines[-1].endswith(f"has changed: {ITEMS[3].name}.")
+    assert lines[-1].endswith(f"has changed (layers): {ITEMS[3].kernel} (1).")
     said = summary(verdicts)
     assert said.startswith(f"Slower: {slow.name} (1.23 x). To accept that, ")
     assert f"Could not be told in the time given, for the noise of this machine: {unsure.name} (1.04 x)." in said
