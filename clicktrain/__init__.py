@@ -1,8 +1,8 @@
 """ClickTrain: train a CNN once and end with a small, fast, pattern-pruned model.
 
 The method is `ClickTrain`, usable in any training loop through the `Method` protocol; `PatternConv2d` is the
-layer that it leaves behind. `clicktrain.data`, `clicktrain.models` and `clicktrain.kernels` are imported when
-first used.
+layer that it leaves behind. `clicktrain.data`, `clicktrain.deploy`, `clicktrain.models` and `clicktrain.kernels`
+are imported when first used.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ __all__ = [
     "tune",
 ]
 
-_SUBPACKAGES = ("data", "kernels", "models")
+_SUBPACKAGES = ("data", "deploy", "kernels", "models")
 
 
 def __getattr__(name: str) -> Any:

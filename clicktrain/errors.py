@@ -31,5 +31,17 @@ class OutOfStep(ClickTrainError):
     """Processes that train one network no longer agree on it."""
 
 
+class MissingPackage(ClickTrainError, ImportError):
+    """An optional package is needed; the message says which and how to get it."""
+
+
+class UnsupportedModel(ClickTrainError):
+    """A model cannot be compiled for deployment; the message says what in it."""
+
+
+class ModelFileError(ClickTrainError):
+    """A compiled model's file is damaged, foreign or of a version that this program does not know."""
+
+
 class DivergedError(ClickTrainError):
     """The loss became NaN or infinite."""

@@ -34,7 +34,18 @@ LAYERS = (
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
-ONLY_WHERE_USED = ("baselines", "bench", "cupy", "fvcore", "matplotlib", "pydantic", "rich", "torchvision", "typer")
+ONLY_WHERE_USED = (
+    "baselines",
+    "bench",
+    "cupy",
+    "fvcore",
+    "matplotlib",
+    "pydantic",
+    "rich",
+    "safetensors",
+    "torchvision",
+    "typer",
+)
 
 
 def _sources(package: str) -> list[Path]:

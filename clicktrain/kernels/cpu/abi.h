@@ -25,6 +25,9 @@ struct Sweep {
   int32_t begin, end;       // places to do
   int32_t channels;         // of the window
   int32_t streaming;        // store past the caches
+  const float* bias;        // [filters] what the sums start from where sums_in is null; null = zero
+  const float* residual;    // added to the finished sums, placed as sums_out is; null = nothing
+  int32_t relu;             // of the finished sums
 };
 
 typedef void (*SweepFunction)(const Sweep*);
@@ -60,6 +63,17 @@ struct Pass {
   const int32_t* offsets;          // [records]
   const int32_t* gather;           // [records] where the weights of a record start in the canonical values
   const SweepFunction* sweeps;     // [groups][tiles along blocks][along rows][along columns]
+  // Where the lanes are strips of an image that hold no copy of their neighbours' pixels, a window gets those from
+  // the other lanes. in_h and in_w then are the strip's, and start_h, start_w count from its corner.
+  int32_t grid_h, grid_w;          // strips per image; 0: none of this
+  const int32_t* neighbours;       // [-grid_h .. grid_h][-grid_w .. grid_w][8] the lane so many strips away; 8: none
+};
+
+// What follows a convolution: y = relu(sums + bias + residual), each part of it optional.
+struct Epilogue {
+  const float* bias;
+  const float* residual;
+  int32_t relu;
 };
 
 // The gradient of the values: dvalues[kernel][entry] = sum over images and pixels of x * dy.
@@ -88,6 +102,46 @@ struct Lanes {
   int32_t grid_h, grid_w;          // strips per image; 1 x 1: a lane is a whole image
   int32_t start_h, start_w;        // image pixel where the first strip starts (< 0: in the padding)
   int32_t step_h, step_w;          // image pixels from one strip to the next
+};
+
+// Steps of a network -------------------------------------------------------------------------------------------
+
+// An activation whose lanes are strips of images (grid_h * grid_w = 8) or images (1 x 1).
+struct Strips {
+  int32_t blocks, channels, height, width;  // [blocks][channels][height][width][8]
+  int32_t grid_h, grid_w;
+  int32_t image_h, image_w;                 // what lies outside is zero
+  int32_t images;
+};
+
+struct Pooling {
+  Strips x;
+  int32_t out_h, out_w;  // of a strip
+  int32_t size_h, size_w, stride_h, stride_w, pad_h, pad_w;
+  int32_t average;       // over the whole window, padding included; else the maximum, padding left out
+};
+
+// Plain [planes][in_h][in_w] -> [planes][out_h][out_w], as torch.nn.AdaptiveAvgPool2d.
+struct AdaptivePooling {
+  int32_t planes, in_h, in_w, out_h, out_w;
+};
+
+// Plain [images][inputs] -> [images][outputs]; weights [ceil(outputs / 16)][inputs][16], padded with zeros.
+struct Linear {
+  int32_t images, inputs, outputs;
+};
+
+// One step of a network. Operands lie in buffers: so many floats from the start of buffers[i].
+struct Step {
+  int32_t kind;       // kernels/cpu/program.py numbers the kinds
+  int32_t relu;
+  int32_t x_buffer, residual_buffer, y_buffer;  // residual_buffer < 0: there is none
+  int32_t unused;
+  int64_t x, residual, y;
+  int64_t floats;     // of an element-wise step
+  const void* geometry;
+  const float* weights;
+  const float* bias;
 };
 
 }

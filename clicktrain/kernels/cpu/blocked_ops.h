@@ -30,9 +30,6 @@ struct Batch {
 
 CLICKTRAIN_INLINE Vec keep(Vec v, Mask mask) { return (Vec)((Mask)v & mask); }
 
-// NaN stays NaN, as in torch.relu.
-CLICKTRAIN_INLINE Vec relu(Vec v) { return v < 0.0f ? Vec{} : v; }
-
 // What a ReLU with output y lets through of a gradient; NaN lets it through, as in torch.
 CLICKTRAIN_INLINE Vec relu_gradient(Vec g, Vec y) { return y <= 0.0f ? Vec{} : g; }
 

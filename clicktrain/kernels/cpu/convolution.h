@@ -59,6 +59,8 @@ class Tiles {
   Cuts blocks_, rows_, columns_, bands_;
 };
 
+inline int floor_division(int a, int b) { return (a >= 0 ? a : a - b + 1) / b; }
+
 // Copy `count` pixels of an input row, starting at column `from`; columns outside [0, width) become zero.
 CLICKTRAIN_INLINE void copy_row(const float* row, int from, int width, int count, float* to) {
   const int begin = std::min(count, std::max(0, -from)), end = std::max(begin, std::min(count, width - from));
@@ -73,8 +75,9 @@ class Convolution {
   // Floats of scratch.
   static size_t floats(const Pass& p) { return window_floats(p) + size_t(p.part) * p.band * tile_floats(p); }
 
-  Convolution(const Pass& p, const float* x, const float* weights, float* y, float* scratch)
-      : p_(p), x_(x), weights_(weights), y_(y), window_(scratch), sums_(scratch + window_floats(p)) {}
+  Convolution(const Pass& p, const float* x, const float* weights, const Epilogue& epilogue, float* y, float* scratch)
+      : p_(p), epilogue_(epilogue), x_(x), weights_(weights), y_(y), window_(scratch),
+        sums_(scratch + window_floats(p)) {}
 
   // Compute filters [begin, end) of the tiles of a band.
   void run(const Tiles& tiles, int64_t band, int begin, int end) {
@@ -127,12 +130,37 @@ class Convolution {
         const int block = std::min(corner.block + b, p_.blocks - 1);
         const float* plane = x_ + (int64_t(block) * p_.channels + c) * p_.in_h * row_floats;
         for (int row = top; row < top + p_.window_h; ++row, to += window_row) {
-          if (row < 0 || row >= p_.in_h)
+          if (p_.grid_h)
+            copy_strip_row(plane, row, left, to);
+          else if (row < 0 || row >= p_.in_h)
             copy_row(plane, 0, 0, p_.window_w, to);
           else
             copy_row(plane + row * row_floats, left, p_.in_w, p_.window_w, to);
         }
       }
+  }
+
+  // The row of a window on strips: pixels outside of the strip are a neighbour's, or zero where there is none.
+  void copy_strip_row(const float* plane, int row, int from, float* to) {
+    const int down = floor_division(row, p_.in_h);
+    const float* pixels = plane + int64_t(row - down * p_.in_h) * p_.in_w * kLanes;
+    for (int i = 0; i < p_.window_w;) {
+      const int right = floor_division(from + i, p_.in_w), begin = from + i - right * p_.in_w;
+      const int end = std::min(p_.in_w, begin + p_.window_w - i);
+      if (!down && !right) {
+        for (int j = begin; j < end; ++j, ++i) store(to + i * kLanes, load(pixels + j * kLanes));
+      } else {
+        const Shuffle lanes = neighbours(down, right);
+        for (int j = begin; j < end; ++j, ++i)
+          store(to + i * kLanes, __builtin_shuffle(load(pixels + j * kLanes), Vec{}, lanes));
+      }
+    }
+  }
+
+  Shuffle neighbours(int down, int right) const {
+    const int row = std::max(-p_.grid_h, std::min(p_.grid_h, down)) + p_.grid_h;
+    const int column = std::max(-p_.grid_w, std::min(p_.grid_w, right)) + p_.grid_w;
+    return (Shuffle)load((const float*)p_.neighbours + (row * (2 * p_.grid_w + 1) + column) * kLanes);
   }
 
   // The call for one list of records (channel block and group) and one phase, with the sums in scratch.
@@ -156,6 +184,9 @@ class Convolution {
     s.end = end;
     s.channels = std::min(p_.channel_block, p_.channels - list / p_.groups * p_.channel_block);
     s.streaming = 0;
+    s.bias = epilogue_.bias;
+    s.residual = nullptr;
+    s.relu = 0;
     return s;
   }
 
@@ -166,6 +197,8 @@ class Convolution {
     const int64_t corner = (int64_t(t.top) * p_.out_w + t.left) * kLanes;
     s.sums_out = y_ + t.block * s.out_block + corner + first_pixel(phase, p_.out_w);
     s.streaming = p_.streaming;
+    if (epilogue_.residual) s.residual = epilogue_.residual + (s.sums_out - y_);
+    s.relu = epilogue_.relu;
   }
 
   // Rows and columns from one pixel of a sweep to the next.
@@ -184,12 +217,21 @@ class Convolution {
           if (b >= t.blocks || r >= t.rows) continue;
           float* plane = y_ + (int64_t(t.block + b) * p_.filters + f) * p_.out_h * p_.out_w * kLanes;
           float* to = plane + (int64_t(t.top + r) * p_.out_w + t.left) * kLanes;
-          for (int i = 0; i < t.columns * kLanes; i += kLanes)
-            p_.streaming ? stream(to + i, load(from + i)) : store(to + i, load(from + i));
+          finish_row(from, epilogue_.residual ? epilogue_.residual + (to - y_) : nullptr, t.columns * kLanes, to);
         }
   }
 
+  void finish_row(const float* sums, const float* residual, int floats, float* to) const {
+    for (int i = 0; i < floats; i += kLanes) {
+      Vec v = load(sums + i);
+      if (residual) v += load(residual + i);
+      if (epilogue_.relu) v = relu(v);
+      p_.streaming ? stream(to + i, v) : store(to + i, v);
+    }
+  }
+
   const Pass& p_;
+  const Epilogue epilogue_;
   const float *x_, *weights_;
   float *y_, *window_, *sums_;
 };
@@ -215,17 +257,15 @@ inline void gather_weights(const Pass& p, const float* values, float* weights, i
                     : gather_weights<0, false>(p, values, weights, threads);
 }
 
-inline void convolve(const Pass& p, const float* x, const float* values, float* y, int threads) {
-  thread_local clicktrain::Scratch packed;
-  float* weights = packed.floats(size_t(p.records) * p.record_weights + 1);
-  gather_weights(p, values, weights, threads);
-
+// With weights in the order of the sweeps.
+inline void convolve_gathered(
+    const Pass& p, const float* x, const float* weights, const Epilogue& epilogue, float* y, int threads) {
   const Tiles tiles(p);
   const int parts = (p.filters + p.part - 1) / p.part;
 #pragma omp parallel num_threads(threads)
   {
     thread_local clicktrain::Scratch scratch;
-    Convolution work(p, x, weights, y, scratch.floats(Convolution::floats(p)));
+    Convolution work(p, x, weights, epilogue, y, scratch.floats(Convolution::floats(p)));
 #pragma omp for schedule(dynamic) nowait
     for (int64_t item = 0; item < tiles.bands() * parts; ++item) {
       const int begin = int(item % parts) * p.part, end = std::min(begin + p.part, p.filters);
@@ -233,6 +273,13 @@ inline void convolve(const Pass& p, const float* x, const float* values, float* 
     }
     if (p.streaming) drain();
   }
+}
+
+inline void convolve(const Pass& p, const float* x, const float* values, float* y, int threads) {
+  thread_local clicktrain::Scratch gathered;
+  float* weights = gathered.floats(size_t(p.records) * p.record_weights + 1);
+  gather_weights(p, values, weights, threads);
+  convolve_gathered(p, x, weights, {nullptr, nullptr, 0}, y, threads);
 }
 
 }  // namespace CLICKTRAIN_ISA

@@ -42,6 +42,9 @@ CLICKTRAIN_INLINE void drain() {
 
 CLICKTRAIN_INLINE Vec broadcast(float f) { return Vec{f, f, f, f, f, f, f, f}; }
 
+// NaN stays NaN, as in torch.relu.
+CLICKTRAIN_INLINE Vec relu(Vec v) { return v < 0.0f ? Vec{} : v; }
+
 // Keep the compiler from loading a vector again for each of its uses.
 CLICKTRAIN_INLINE void pin(Vec& v) {
 #if CLICKTRAIN_VECTOR_BITS >= 512

@@ -30,6 +30,8 @@ class Pass(ctypes.Structure):
         )),
         ("records", _i64),
         *((name, _pointer) for name in ("order", "starts", "runs", "offsets", "gather", "sweeps")),
+        *((name, _i32) for name in ("grid_h", "grid_w")),
+        ("neighbours", _pointer),
     )  # fmt: skip
 
 
@@ -57,6 +59,48 @@ class Lanes(ctypes.Structure):
             "start_h", "start_w", "step_h", "step_w",
         )
     )  # fmt: skip
+
+
+class Strips(ctypes.Structure):
+    """`struct Strips`: an activation whose lanes are strips of images, or images."""
+
+    _fields_ = tuple(
+        (name, _i32)
+        for name in ("blocks", "channels", "height", "width", "grid_h", "grid_w", "image_h", "image_w", "images")
+    )
+
+
+class Pooling(ctypes.Structure):
+    """`struct Pooling`."""
+
+    _fields_ = (
+        ("x", Strips),
+        *((name, _i32) for name in (
+            "out_h", "out_w", "size_h", "size_w", "stride_h", "stride_w", "pad_h", "pad_w", "average",
+        )),
+    )  # fmt: skip
+
+
+class AdaptivePooling(ctypes.Structure):
+    """`struct AdaptivePooling`."""
+
+    _fields_ = tuple((name, _i32) for name in ("planes", "in_h", "in_w", "out_h", "out_w"))
+
+
+class Linear(ctypes.Structure):
+    """`struct Linear`."""
+
+    _fields_ = tuple((name, _i32) for name in ("images", "inputs", "outputs"))
+
+
+class Step(ctypes.Structure):
+    """`struct Step`: one step of a network."""
+
+    _fields_ = (
+        *((name, _i32) for name in ("kind", "relu", "x_buffer", "residual_buffer", "y_buffer", "unused")),
+        *((name, _i64) for name in ("x", "residual", "y", "floats")),
+        *((name, _pointer) for name in ("geometry", "weights", "bias")),
+    )
 
 
 @cache
@@ -107,8 +151,17 @@ def instruction_set() -> str:
 def function(name: str) -> Callable[..., None]:
     """Return a function of the chosen instruction set that takes addresses and, last, the number of threads."""
     found = load()[f"clicktrain_{instruction_set()}_{name}"]
-    operands = 2 if name in ("pack", "unpack") else 3
+    operands = 2 if name in ("pack", "unpack", "gather_weights") else 3
     found.argtypes = (*[_pointer] * (operands + 1), ctypes.c_int)
+    found.restype = None
+    return found
+
+
+@cache
+def run_steps() -> Callable[..., None]:
+    """Return the function that runs steps: their address and number, buffers, seconds or None, threads."""
+    found = load()[f"clicktrain_{instruction_set()}_run_steps"]
+    found.argtypes = (_pointer, _i64, _pointer, _pointer, ctypes.c_int)
     found.restype = None
     return found
 

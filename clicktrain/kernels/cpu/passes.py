@@ -62,10 +62,15 @@ class Prepared:
 
     def __init__(self, structure: ctypes.Structure, arrays: dict[str, NDArray[Any]]) -> None:
         self.structure = structure
-        self.arrays = arrays
+        self.arrays: dict[str, NDArray[Any]] = {}
         for name, array in arrays.items():
-            setattr(structure, name, array.ctypes.data)
+            self.add(name, array)
         self.address = ctypes.addressof(structure)
+
+    def add(self, name: str, array: NDArray[Any]) -> None:
+        """Let a field point to an array."""
+        self.arrays[name] = array
+        setattr(self.structure, name, array.ctypes.data)
 
 
 @dataclass(frozen=True)

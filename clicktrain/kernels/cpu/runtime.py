@@ -48,8 +48,8 @@ class Packing:
         strip, start, step = layer.strips(grid)
         return cls(
             strip,
-            _strips(images, layer.channels, layer.in_size, strip.in_size, grid, start, step),
-            _strips(images, layer.filters, layer.out_size, strip.out_size, grid, (0, 0), strip.out_size),
+            image_strips(images, layer.channels, layer.in_size, strip.in_size, grid, start, step),
+            image_strips(images, layer.filters, layer.out_size, strip.out_size, grid, (0, 0), strip.out_size),
         )
 
 
@@ -62,7 +62,8 @@ def whole_images(images: int, channels: int, size: Pair) -> Lanes:
     )  # fmt: skip
 
 
-def _strips(images: int, channels: int, size: Pair, strip: Pair, grid: Pair, start: Pair, step: Pair) -> Lanes:
+def image_strips(images: int, channels: int, size: Pair, strip: Pair, grid: Pair, start: Pair, step: Pair) -> Lanes:
+    """Return the lanes that are strips of images: where the first starts, and from one to the next."""
     return Lanes(
         images=images, channels=channels, image_h=size[0], image_w=size[1], blocks=images, lane_h=strip[0],
         lane_w=strip[1], grid_h=grid[0], grid_w=grid[1], start_h=start[0], start_w=start[1], step_h=step[0],

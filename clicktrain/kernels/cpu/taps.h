@@ -19,10 +19,11 @@ void sweep_taps(const Sweep* s) {
   const int64_t pixel = Step ? Step * kLanes : s->window_pixel;
   for (int f = s->begin; f < s->end; ++f) {
     const int64_t filter = s->order[f];
+    const Vec start = s->bias ? broadcast(s->bias[filter]) : Vec{};
     Vec sums[Rows][Cols];
     for (int r = 0; r < Rows; ++r)
       for (int c = 0; c < Cols; ++c)
-        sums[r][c] = s->sums_in ? load(s->sums_in + filter * s->in_filter + r * s->in_row + c * s->in_pixel) : Vec{};
+        sums[r][c] = s->sums_in ? load(s->sums_in + filter * s->in_filter + r * s->in_row + c * s->in_pixel) : start;
 
     for (int64_t i = s->starts[f]; i < s->starts[f + 1]; ++i) {
       const float* row = s->window + s->offsets[i];
@@ -31,9 +32,15 @@ void sweep_taps(const Sweep* s) {
         for (int c = 0; c < Cols; ++c) sums[r][c] += weight * load(row + c * pixel);
     }
 
+    if (s->residual) {
+      const float* residual = s->residual + filter * s->out_filter;
+      for (int r = 0; r < Rows; ++r)
+        for (int c = 0; c < Cols; ++c) sums[r][c] += load(residual + r * s->out_row + c * s->out_pixel);
+    }
     float* out = s->sums_out + filter * s->out_filter;
     for (int r = 0; r < Rows; ++r)
-      for (int c = 0; c < Cols; ++c) store(out + r * s->out_row + c * s->out_pixel, sums[r][c]);
+      for (int c = 0; c < Cols; ++c)
+        store(out + r * s->out_row + c * s->out_pixel, s->relu ? relu(sums[r][c]) : sums[r][c]);
   }
 }
 
