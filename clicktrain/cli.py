@@ -1,4 +1,4 @@
-"""The command line: train, eval, plan, info."""
+"""The command line: train, eval, export, profile, plan, info."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -114,6 +115,68 @@ def evaluate(
         if percent is not None:
             print(f"accuracy        {percent:.2f} % ({split})")
     _print_sizes(figures)
+
+
+class ExportFormat(StrEnum):
+    """What `export` writes."""
+
+    COMPILED = "compiled"
+    ONNX = "onnx"
+    PROGRAM = "program"
+
+
+@app.command("export")
+def export_network(
+    run_dir: Annotated[Path, typer.Argument(help="Directory of a run, finished or not.")],
+    out: Annotated[Path, typer.Argument(help="File to write.")],
+    format_: Annotated[
+        ExportFormat,
+        typer.Option(
+            "--format",
+            help="compiled: for clicktrain.deploy.load; onnx: dense weights, standard operators; "
+            "program: for torch.export.load, keeps the pattern convolutions.",
+        ),
+    ] = ExportFormat.COMPILED,
+    batch: Annotated[int, typer.Option(min=1, help="Images that are computed at once.")] = 1,
+    tune: Annotated[bool, typer.Option("--tune", help="Measure how each convolution is cut up best.")] = False,
+) -> None:
+    """Write the network of a run's last checkpoint for deployment, checked against it; images come normalised."""
+    from clicktrain import deploy
+    from clicktrain.deploy import export
+    from clicktrain.training import trained_network
+    from clicktrain.training.progress import ProgressLines
+
+    network, images = trained_network(run_dir, ProgressLines(sys.stderr))
+    images = images[:batch] if len(images) >= batch else images[:1].expand(batch, *images.shape[1:]).contiguous()
+    if format_ is ExportFormat.COMPILED:
+        compiled = deploy.compile(network, images, tune=tune)
+        error = export.check(compiled, network, images, str(out))
+        compiled.save(out)
+        fallbacks = ", ".join(sorted(set(compiled.fallbacks))) or "none"
+        print(f"fallbacks       {fallbacks}")
+    else:
+        error = (export.to_onnx if format_ is ExportFormat.ONNX else export.to_program)(network, images, out)
+    print(f"written         {out} ({out.stat().st_size:,} bytes)")
+    print(f"relative error  {error:.1e}")
+
+
+@app.command("profile")
+def profile_file(
+    file: Annotated[Path, typer.Argument(help="File that export wrote.")],
+    batch: Annotated[int | None, typer.Option(min=1, help="Images; by default as exported.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs that medians are taken over.")] = 15,
+    tune: Annotated[bool, typer.Option("--tune", help="Measure how each convolution is cut up best.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the convolutions, sparse beside dense.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time a compiled network layer by layer, sparse against dense."""
+    from clicktrain import deploy
+    from clicktrain.deploy import profile
+
+    made = profile.profile(deploy.load(file, batch, tune=tune), rounds)
+    print(json.dumps(made.as_dict(), indent=2) if as_json else made.to_text())
+    if plot is not None:
+        profile.plot(made, plot)
 
 
 @app.command()

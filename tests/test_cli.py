@@ -58,6 +58,25 @@ def test_train_then_eval_then_train_again(tmp_path: Path, toy_file: Path, capsys
     assert "this run is done" in capsys.readouterr().out
 
 
+def test_export_then_profile(tmp_path: Path, toy_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, compiled, program = tmp_path / "run", tmp_path / "compiled", tmp_path / "program.pt2"
+    assert call("train", "--config", toy_file, "--out", run) == 0
+    assert call("export", run, compiled, "--batch", "8") == 0
+    printed = capsys.readouterr().out
+    assert "fallbacks       none" in printed
+    assert "relative error" in printed
+    assert call("export", run, program, "--format", "program") == 0
+    assert program.stat().st_size > 0
+
+    capsys.readouterr()
+    assert call("profile", compiled, "--rounds", "2", "--json") == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["batch"] == 8
+    assert "conv" in {layer["op"].removesuffix("+relu") for layer in made["layers"]}
+    assert call("profile", compiled, "--rounds", "2", "--batch", "1") == 0
+    assert "median of 2 runs" in capsys.readouterr().out
+
+
 def test_options_change_the_file(tmp_path: Path, toy_file: Path) -> None:
     out = tmp_path / "run"
     changes = ["--set", "train.epochs=1", "--set", "train.lr=0.125", "--method", toy.DENSE]
@@ -122,6 +141,8 @@ def test_a_run_begins_from_epochs_that_another_kept(
         (("train", "--out", "OUT", "--set", "method.options.select_at=9"), "select_at=9"),
         (("train", "--out", "/proc/no/such"), "cannot write the run directory /proc/no/such"),
         (("eval", "OUT"), "holds no run"),
+        (("export", "OUT", "FILE"), "holds no run"),
+        (("profile", "FILE"), "No such file"),
         (("plan", "--model", "toy", "--dataset", "cifar11"), "unknown name 'cifar11'"),
     ],
 )
@@ -221,7 +242,7 @@ def test_info_measures_the_ceilings(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 def test_help_exits_0(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("--help") == 0
     printed = capsys.readouterr().out
-    assert all(command in printed for command in ("train", "eval", "plan", "info"))
+    assert all(command in printed for command in ("train", "eval", "export", "profile", "plan", "info"))
 
 
 def test_the_module_runs_and_commands_import_what_they_need_only() -> None:

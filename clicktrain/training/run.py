@@ -9,6 +9,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor, nn
+
 from clicktrain import distributed, provenance
 from clicktrain.config import RunConfig
 from clicktrain.errors import CheckpointError, ClickTrainError, DivergedError, InvalidArgument
@@ -211,13 +213,7 @@ def evaluate_run(out: str | os.PathLike[str], callback: Callback | None = None) 
     ClickTrainError
         The directory holds no run, or no checkpoint that is whole.
     """
-    directory = RunDirectory(out)
-    session = build(directory.read_config(), directory.read_record()["seed"])
-    state = _load(CheckpointStore(directory.checkpoints), callback or Callback())
-    if state is None:
-        raise CheckpointError(f"{directory.path} holds no checkpoint yet")
-    trainer = Trainer.from_state(session, state["trainer"])
-    network = trainer.method.finish() if trainer.is_done else trainer.method.model
+    session, trainer, network = _restore(out, callback or Callback())
     return {
         "step": trainer.position.step,
         "epoch": trainer.position.epoch,
@@ -228,6 +224,27 @@ def evaluate_run(out: str | os.PathLike[str], callback: Callback | None = None) 
         },
         **size_figures(trainer, network),
     }
+
+
+def trained_network(out: str | os.PathLike[str], callback: Callback | None = None) -> tuple[nn.Module, Tensor]:
+    """Return the network of a run's last checkpoint on the CPU, and normalised test images as an example input.
+
+    Parameters and errors as `evaluate_run`.
+    """
+    session, _, network = _restore(out, callback or Callback())
+    images, _ = next(session.eval_batches(session.test))
+    return network.cpu().eval(), images.cpu()
+
+
+def _restore(out: str | os.PathLike[str], callback: Callback) -> tuple[Session, Trainer, nn.Module]:
+    """Return a run as its last checkpoint left it, and its network."""
+    directory = RunDirectory(out)
+    session = build(directory.read_config(), directory.read_record()["seed"])
+    state = _load(CheckpointStore(directory.checkpoints), callback)
+    if state is None:
+        raise CheckpointError(f"{directory.path} holds no checkpoint yet")
+    trainer = Trainer.from_state(session, state["trainer"])
+    return session, trainer, trainer.method.finish() if trainer.is_done else trainer.method.model
 
 
 class _Run:
