@@ -165,6 +165,7 @@ def compare(
     warmup_seconds: float = 0.2,
     rounds: int = 15,
     device: str = "cpu",
+    settle_seconds: float = 0.0,
 ) -> Comparison:
     """Check every contender against a reference, then time them in interleaved rounds.
 
@@ -182,6 +183,9 @@ def compare(
         Samples of each contender.
     device : str
         "cpu" takes the wall clock; "cuda" takes events on the current stream, with cold second-level cache.
+    settle_seconds : float
+        Pause before each sample, followed by one call that is not timed: for contenders with threads of their own,
+        which go on spinning for a while after a call and would take the cores from the next contender.
 
     Returns
     -------
@@ -209,6 +213,9 @@ def compare(
     for index in range(rounds):
         first = index % len(names)
         for name in names[first:] + names[:first]:
+            if settle_seconds:
+                time.sleep(settle_seconds)
+                known[name].run()
             samples[name].append(sample(known[name].run, calls[name]))
     timings = {name: Timing(name, tuple(samples[name]), errors[name]) for name in names}
     return Comparison(timings, Threads.now(), device)

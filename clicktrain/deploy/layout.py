@@ -100,7 +100,7 @@ def layer_on(layer: Layer, forms: Windowed) -> Layer:
 
 def prepare_on(layer: Layer, forms: Windowed, images: int, choice: Choice) -> Prepared:
     """Lay out a convolution pass on these forms; `layer` is the whole one."""
-    made = prepare(layer_on(layer, forms), forms.target.blocks(images), choice)
+    made = prepare(layer_on(layer, forms), forms.target.blocks(images), choice, short_chains=True)
     if forms.target.grid != IMAGES:
         structure = made.structure
         structure.start_h -= layer.padding[0]

@@ -61,6 +61,8 @@ class SweepSpec:
     """A pool of patterns and the geometry of a pass, as far as the code depends on them.
 
     Output pixel r and tap k of an axis meet in window pixel (r * stride + k + origin) / spread, if that is whole.
+    With more than one chain, the taps of a pixel take turns at so many sums, which are added in the end: a small tile
+    then does not wait for each multiply-add, but the order of its sums is another.
     """
 
     sweep: Literal["filters", "channels"]
@@ -74,6 +76,7 @@ class SweepSpec:
     window_rows: int
     window_pitch: int
     tile: tuple[int, int, int]
+    chains: int = 1
 
     def groups(self) -> list[tuple[tuple[int, ...], ...]]:
         """Return the patterns of each sweep."""
@@ -128,11 +131,13 @@ def _filters(name: str, patterns: tuple[tuple[int, ...], ...], spec: SweepSpec, 
         "    const int64_t filter = s->order[f];",
         "    const Vec start = s->bias ? broadcast(s->bias[filter]) : Vec{};",
         f"    Vec {', '.join(f'{name} = start' for name, _ in places)};",
+        *(f"    Vec {name}_{chain} = {{}};" for name, _ in places for chain in range(1, spec.chains)),
         "    if (const float* in = s->sums_in) {",
         "      in += filter * s->in_filter;",
         *(f"      {name} = load(in + {place.replace('$', 'in')});" for name, place in places),
         "    }",
         *(line for number, pattern in enumerate(patterns) for line in _run(number, pattern, spec, shape)),
+        *(f"    {name} += {name}_{chain};" for name, _ in places for chain in range(1, spec.chains)),
         "    if (const float* residual = s->residual) {",
         "      residual += filter * s->out_filter;",
         *(f"      {name} += load(residual + {place.replace('$', 'out')});" for name, place in places),
@@ -158,7 +163,8 @@ def _run(number: int, pattern: tuple[int, ...], spec: SweepSpec, shape: TileShap
     ):
         place = spec.reads(pattern[entry], row, column, shape)
         if place is not None:
-            uses.setdefault((block, *place), []).append(f"{_sum(block, row, column)} += w{entry} * x;")
+            chain = f"_{entry % spec.chains}" if entry % spec.chains else ""
+            uses.setdefault((block, *place), []).append(f"{_sum(block, row, column)}{chain} += w{entry} * x;")
     lines = [
         f"    for (int n = run[{number}]; n; --n, ++offset, weight += {entries}) {{",
         "      const float* channel = window + *offset;",

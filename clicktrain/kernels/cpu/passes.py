@@ -23,6 +23,7 @@ from clicktrain.kernels.cpu.library import Gradient, Pass, instruction_set, swee
 from clicktrain.kernels.cpu.reorder import reorder
 
 ITEMS_PER_THREAD, FILTERS_PER_PART = 4, 16
+CHAINS = 8  # multiply-adds under way at once: two units, four cycles each
 SUMS_FLOATS, MIN_PART, MAX_RUN = 4096, 16, 255
 """Of a "channels" sweep: sums of a part of the filters, half of a first-level cache; fewest filters, and most."""
 STREAMED_BYTES = 2 << 20
@@ -126,12 +127,17 @@ def _pitch(rows: int, columns: int, channels: int) -> int:
     return min(range(columns, columns + 5), key=lambda pitch: (crowding(pitch), pitch))
 
 
-def prepare(layer: Layer, blocks: int, choice: Choice) -> Prepared:
-    """Lay out a pass. Without a compiler the generic sweep takes the place of a specialised one."""
+def prepare(layer: Layer, blocks: int, choice: Choice, short_chains: bool = False) -> Prepared:
+    """Lay out a pass. Without a compiler the generic sweep takes the place of a specialised one.
+
+    With short chains, small tiles are faster, and their tile decides the last bits, too (see `SweepSpec`).
+    """
     if choice.sweep == "taps":
         return _prepare_taps(layer, blocks, choice)
     try:
-        return {"filters": _prepare_filters, "channels": _prepare_channels}[choice.sweep](layer, blocks, choice)
+        if choice.sweep == "channels":
+            return _prepare_channels(layer, blocks, choice)
+        return _prepare_filters(layer, blocks, choice, short_chains)
     except BackendUnavailable as error:
         _warn_once(str(error))
         return _prepare_taps(layer, blocks, replace(choice, sweep="taps", tile=taps_tile(layer)))
@@ -181,7 +187,7 @@ def _prepare_taps(layer: Layer, blocks: int, choice: Choice) -> Prepared:
     })  # fmt: skip
 
 
-def _prepare_filters(layer: Layer, blocks: int, choice: Choice) -> Prepared:
+def _prepare_filters(layer: Layer, blocks: int, choice: Choice, short_chains: bool) -> Prepared:
     """Lay out a pass whose records are kernels, by filter in runs of one pattern."""
     window, structure = Window.of(layer, choice), _structure(layer, blocks, choice)
     group = min(choice.group, len(layer.patterns))
@@ -199,7 +205,7 @@ def _prepare_filters(layer: Layer, blocks: int, choice: Choice) -> Prepared:
         "runs": found.runs.astype(np.uint8),
         "offsets": (channel * (choice.tile[0] * window.pixels * LANES)).astype(np.int32),
         "gather": (found.kernels.numbers * layer.entries).astype(np.int32),
-        "sweeps": _specialised_sweeps(layer, blocks, choice, window),
+        "sweeps": _specialised_sweeps(layer, blocks, choice, window, _chains(layer, choice) if short_chains else 1),
     })  # fmt: skip
 
 
@@ -227,7 +233,7 @@ def _prepare_channels(layer: Layer, blocks: int, choice: Choice) -> Prepared:
         "runs": runs.astype(np.uint8),
         "offsets": (kernels.filters * sums).astype(np.int32),
         "gather": (kernels.numbers * layer.entries).astype(np.int32),
-        "sweeps": _specialised_sweeps(layer, blocks, choice, window),
+        "sweeps": _specialised_sweeps(layer, blocks, choice, window, chains=1),
     })  # fmt: skip
 
 
@@ -299,7 +305,13 @@ def _axis_shapes(layer: Layer, choice: Choice, window: Window, axis: int) -> lis
     return shapes
 
 
-def _specialised_sweeps(layer: Layer, blocks: int, choice: Choice, window: Window) -> NDArray[np.uint64]:
+def _chains(layer: Layer, choice: Choice) -> int:
+    """Return how many sums of a pixel keep the multiply-add units busy together with its neighbours'."""
+    pixels = choice.tile[0] * choice.tile[1] * choice.tile[2]
+    return max(1, min(layer.entries, CHAINS // pixels))
+
+
+def _specialised_sweeps(layer: Layer, blocks: int, choice: Choice, window: Window, chains: int) -> NDArray[np.uint64]:
     """Return the address of the sweep of each group and tile, compiled if need be."""
     shapes = tile_shapes(layer, blocks, choice, window)
     distinct = tuple(sorted(set(shapes), key=str))
@@ -307,7 +319,7 @@ def _specialised_sweeps(layer: Layer, blocks: int, choice: Choice, window: Windo
     group = len(layer.patterns) if choice.sweep == "channels" else min(choice.group, len(layer.patterns))
     spec = SweepSpec(
         choice.sweep, instruction_set(), layer.kernel_size, layer.patterns, group, layer.stride, layer.spread,
-        window.origin, window.size[0], window.pitch, choice.tile,
+        window.origin, window.size[0], window.pitch, choice.tile, chains,
     )  # fmt: skip
     addresses = iter(_addresses(spec, distinct))
     table: list[int] = []

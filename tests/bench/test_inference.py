@@ -1,0 +1,91 @@
+"""`python -m bench.inference`: that it checks, compares and stores what it says."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import inference
+from bench.deepsparse_worker import Worker
+from clicktrain import timing
+from clicktrain.kernels.cpu import library
+from clicktrain.selection import Sparsity
+
+pytestmark = pytest.mark.skipif(library.available() is not True, reason=f"{library.available()}")
+
+SMALL = inference.Network("vgg11", "small", 16, Sparsity(target_compression=4.0), {2: {"torch": 1e-9, "openvino": 2.0}})
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    create = inference.models.create
+    monkeypatch.setattr(inference.models, "create", lambda *a, **k: create(*a, **k, width=0.1))
+    monkeypatch.setattr(inference, "NETWORKS", {"small": SMALL})
+    compiled = inference.deploy.compile
+    monkeypatch.setattr(inference.deploy, "compile", lambda *a, **k: compiled(*a, **{**k, "tune": False}))
+
+
+def test_a_network_depends_on_its_input() -> None:
+    y = SMALL.build()(torch.randn(8, 3, 16, 16))
+    assert float((y - y.mean(0)).norm()) > 0.05 * float(y.norm())
+
+
+def test_the_command_compares_and_stores_with_provenance(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.setattr(inference.export, "to_onnx", lambda *_: 0.0)
+    out = tmp_path / "inference.json"
+    arguments = ["--quick", "--networks", "small", "--rivals", "torch", "openvino", "deepsparse", "--out", str(out)]
+    assert inference.main(arguments) == 0
+    report = json.loads(out.read_text())
+    (row,) = report["rows"]
+    assert set(row["speedup"]) == {"torch"}
+    assert row["not_run"]["openvino"] == "not installed: openvino"
+    assert "--deepsparse" in row["not_run"]["deepsparse"]
+    assert {t["name"] for t in row["timings"]} == {"clicktrain", "torch", "peak"}
+    assert 0 < row["share_of_peak"] < 1
+    assert row["file_bytes"]["clicktrain"] > 0
+    assert report["provenance"]["packages"]["torch"]
+    printed = capsys.readouterr().out
+    assert "goal 0.0x  reached" in printed
+    assert "openvino        not run: not installed" in printed
+
+
+def test_a_wrong_engine_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = timing.Contender(lambda: torch.zeros(2, 1000))
+    monkeypatch.setattr(inference, "rivals", lambda *_: {"torch": wrong})
+    with pytest.raises(timing.WrongResult, match="torch is wrong"):
+        inference.measure(SMALL, 2, 1, ["torch"], None)
+
+
+FAKE = """
+import numpy as np, pathlib
+class Engine:
+    def __init__(self, model, batch_size, num_cores):
+        self.factor = float(pathlib.Path(model).read_text()) * num_cores
+    def run(self, inputs):
+        print("chatter that is no answer")
+        return [inputs[0] * self.factor]
+"""
+
+
+def test_the_worker_runs_an_engine_in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "deepsparse.py").write_text(FAKE)
+    (tmp_path / "model").write_text("3")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    x = torch.randn(2, 3)
+    worker = Worker(sys.executable, tmp_path / "model", x, tmp_path, 2)
+    worker.run()
+    assert torch.equal(worker.result(), x * 6)
+
+
+def test_a_worker_that_cannot_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "deepsparse.py").write_text("raise ImportError('no such engine')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(OSError, match="deepsparse does not run: ImportError: no such engine"):
+        Worker(sys.executable, tmp_path / "model", torch.zeros(1), tmp_path, 1)

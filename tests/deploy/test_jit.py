@@ -1,0 +1,50 @@
+"""Compiled networks with the specialised sweeps, which the other tests of deployment do without."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from clicktrain import deploy
+from clicktrain.kernels.cpu import library
+from tests.deploy.models import alive, dense, error, prune
+
+pytestmark = pytest.mark.skipif(library.available() is not True, reason=f"{library.available()}")
+
+
+class Small(nn.Module):
+    """Tiles of many pixels, of two and of one; a residual and a ReLU behind some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 20, 3, 1, 1), nn.BatchNorm2d(20), nn.ReLU())
+        self.main = nn.Sequential(nn.Conv2d(20, 70, 3, 2, 1), nn.BatchNorm2d(70), nn.ReLU(), nn.Conv2d(70, 24, 3, 1, 1))
+        self.side = nn.Conv2d(20, 24, 1, 2)
+        self.last = nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(24, 9, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2))
+        self.end = nn.Sequential(nn.Conv2d(9, 80, 3, 1, 1), nn.ReLU(), nn.Conv2d(80, 10, 3, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        x = torch.relu(self.main(x) + self.side(x))
+        return self.end(self.last(x))
+
+
+@pytest.mark.parametrize("batch", [1, 8, 13])
+@torch.no_grad()
+def test_specialised_sweeps_finish_what_they_sum(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CLICKTRAIN_DISABLE_JIT")
+    torch.manual_seed(2)
+    model = Small()
+    prune(model, 0.5)
+    model = alive(model, torch.randn(4, 3, 16, 14))
+    x = torch.randn(batch, 3, 16, 14)
+    compiled = deploy.compile(model, x)
+    assert error(compiled(x), dense(model)(x)) < 1e-5
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        three = compiled(x)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(three, compiled(x)), "the number of threads changes bits"
