@@ -113,7 +113,8 @@ def test_generated_code_is_what_it_was() -> None:
     text = codegen.render(spec, (TileShape(1, 1, 2, (1, 3), (0, 4)),))
     body = [line.strip() for line in text.splitlines() if "run[" in line or "Vec" in line]
     assert body == [
-        "Vec s0_0_0{}, s0_0_1{};",
+        "const Vec start = s->bias ? broadcast(s->bias[filter]) : Vec{};",
+        "Vec s0_0_0 = start, s0_0_1 = start;",
         "for (int n = run[0]; n; --n, ++offset, weight += 2) {",
         "const Vec w0 = broadcast(weight[0]);",
         "const Vec w1 = broadcast(weight[1]);",
@@ -124,6 +125,18 @@ def test_generated_code_is_what_it_was() -> None:
         "{ Vec x = load(channel + 48); pin(x); s0_0_1 += w0 * x; s0_0_0 += w1 * x; }",
         "{ Vec x = load(channel + 56); s0_0_1 += w1 * x; }",
     ]  # the window's first row is padding: nothing of pattern 0 is left
+
+
+def test_taps_take_turns_at_the_chains() -> None:
+    spec = SweepSpec("avx2", 3, ((0, 1, 4),), 1, (1, 1), (1, 1), (0, 0), 3, 4, 1, chains=2)
+    lines = [line.strip() for line in codegen.render(spec, (TileShape(1, 1, 1, (0, 3), (0, 3)),)).splitlines()]
+    sums = [line.partition("x = ")[2] for line in lines if line.startswith("{ Vec x")]
+    assert sums == [
+        "load(channel + 0); s0_0_0 += w0 * x; }",
+        "load(channel + 8); s0_0_0_1 += w1 * x; }",
+        "load(channel + 40); s0_0_0 += w2 * x; }",
+    ]
+    assert lines.index("s0_0_0 += s0_0_0_1;") < lines.index("if (const float* residual = s->residual) {")
 
 
 def test_a_network_is_planned_and_laid_out_in_milliseconds() -> None:
