@@ -26,7 +26,7 @@ import torch
 
 from baselines.operators import OPERATORS
 from bench.problems import problem
-from bench.suite.workloads import COMPRESSIONS, RESNET18, RESNET32, RESNET50_POINTWISE, VGG13, LayerShape, Workload
+from bench.suite.workloads import COMPRESSIONS, RESNET18, RESNET32, RESNET50_POINTWISE, VGG13, Workload
 from clicktrain import provenance, timing
 from clicktrain.errors import DataError
 from clicktrain.files import write_atomic

@@ -1,8 +1,12 @@
 from pathlib import Path
 
 import pytest
+import torch
+from torch.nn import functional as F
 
+from clicktrain import models
 from clicktrain.errors import ConfigError
+from clicktrain.training.session import build_method
 from reproductions import preset
 from reproductions.claims import BY_ID
 from tests.helpers.studies import PRESET, TWO, write_preset
@@ -113,3 +117,28 @@ def test_a_shrunk_study_keeps_its_methods_and_is_another_one(tmp_path: Path) -> 
 def test_an_unknown_preset_names_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"preset 'quik': expected one of .*quick"):
         preset.find("quik")
+
+
+def test_pruning_during_training_means_prunetrain() -> None:
+    for name in preset.names():
+        loaded = preset.load(preset.find(name))
+        if "accuracy-vs-pdt" in loaded.claims:
+            rivals = {row.rivals["pdt"] for row in loaded.subjects(BY_ID["accuracy-vs-pdt"])}
+            methods = {row.name: loaded.run_config(row).method.name for row in loaded.methods}
+            assert {methods[rival] for rival in rivals} == {"baselines:PruneTrain"}
+
+
+def test_every_method_of_the_rivals_study_takes_a_step() -> None:
+    for spec in preset.load(preset.find("rivals")).runs():
+        if spec.seed == 0:
+            method = build_method(spec.config)
+            model = models.create(spec.config.model.name, 10, width=spec.config.model.width, in_channels=1)
+            x, y = torch.randn(4, 1, 28, 28), torch.arange(4)
+            method.setup(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), x)
+            method.on_epoch(0, [(x, y)])
+            method.before_forward()
+            (F.cross_entropy(model(x), y) + method.penalty()).backward()
+            method.after_backward()
+            method.optimizer.step()
+            method.after_step()
+            assert all(bool(parameter.isfinite().all()) for parameter in method.model.parameters()), spec.label
