@@ -128,7 +128,7 @@ def test_generated_code_is_what_it_was() -> None:
 
 
 def test_taps_take_turns_at_the_chains() -> None:
-    spec = SweepSpec("avx2", 3, ((0, 1, 4),), 1, (1, 1), (1, 1), (0, 0), 3, 4, 1, chains=2)
+    spec = SweepSpec("filters", "avx2", 3, ((0, 1, 4),), 1, (1, 1), (1, 1), (0, 0), 3, 4, (1, 1, 1), chains=2)
     lines = [line.strip() for line in codegen.render(spec, (TileShape(1, 1, 1, (0, 3), (0, 3)),)).splitlines()]
     sums = [line.partition("x = ")[2] for line in lines if line.startswith("{ Vec x")]
     assert sums == [
