@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-import tarfile
+import zipfile
 from io import BytesIO
 from pathlib import Path
 
@@ -55,11 +55,13 @@ class Repository:
 
     def export(self, commit: str, target: Path) -> None:
         """Write the sources of a commit into a directory."""
-        run = subprocess.run(["git", "-C", str(self.root), "archive", commit, "--", "clicktrain"], capture_output=True)
+        run = subprocess.run(
+            ["git", "-C", str(self.root), "archive", "--format=zip", commit, "--", "clicktrain"], capture_output=True
+        )
         if run.returncode:
             raise ClickTrainError(f"commit {commit[:12]} cannot be exported: {run.stderr.decode().strip()}")
-        with tarfile.open(fileobj=BytesIO(run.stdout)) as archive:
-            archive.extractall(target, filter="data")
+        with zipfile.ZipFile(BytesIO(run.stdout)) as archive:
+            archive.extractall(target)
 
     def _git(self, *words: str) -> str:
         try:
