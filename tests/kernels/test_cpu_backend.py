@@ -250,3 +250,21 @@ def test_a_pool_of_all_patterns_uses_the_generic_kernel() -> None:
     index = torch.from_numpy(random.integers(0, 126, (12, 9)).astype(np.uint8))
     made = plan(index, all_patterns(4), (8, 9, 6, 6), 1, 1)
     assert tuning.estimate(Layer.forward(made), 1).sweep == "taps"
+
+
+@pytest.mark.parametrize(
+    ("instruction_set", "stride", "size", "tile"),
+    [
+        ("avx512", 2, 12, (1, 2, 2)),
+        ("avx512", 1, 12, None),
+        ("avx512", 2, 2, None),  # one output pixel
+        ("avx2", 2, 12, None),  # 16 registers
+    ],
+)
+def test_strided_layers_go_channel_by_channel_where_the_window_fits(
+    monkeypatch: pytest.MonkeyPatch, instruction_set: str, stride: int, size: int, tile: tuple[int, int, int] | None
+) -> None:
+    monkeypatch.setattr(tuning, "instruction_set", lambda: instruction_set)
+    made = Case(SQUARES, 16, 16, 16, (size, size), (stride,) * 2, (1, 1), 0.3, seed=0).plan()
+    choice = tuning.estimate(Layer.forward(made), 2)
+    assert (choice.sweep, choice.tile if tile else None) == ("channels" if tile else "filters", tile)

@@ -36,7 +36,8 @@ LEARNT_RUNS = 1024
 ROUNDS = 5
 _FMA_LATENCY = 4
 _SUMS = {"avx512": 24, "avx2": 10, "portable": 8}
-_WINDOW = {"avx512": 25}
+_REGISTERS = 32  # of AVX-512, the only set that holds a window
+_SUMS_UNDER_WAY, _LEAST_PIXELS = 3, 4
 
 Tile = tuple[int, int, int]
 
@@ -98,7 +99,7 @@ def estimate(layer: Layer, blocks: int) -> Choice:
     if layer.kernel_size == 1 or len(layer.patterns) > MAX_PATTERNS:
         tile = taps_tile(layer)
         return Choice("taps", tile, _band(layer, tile), channel_block, group=1)
-    if max(layer.stride) > 1 and layer.spread == (1, 1) and (tiles := _window_tiles(layer)):
+    if max(layer.stride) > 1 and (tiles := _window_tiles(layer)):
         return Choice("channels", tiles[0], 1, channel_block, len(layer.patterns))
     tile = _by_cost(layer, blocks)[0]
     return Choice("filters", tile, _band(layer, tile), channel_block, _group(layer, channel_block))
@@ -203,15 +204,20 @@ def _tiles(layer: Layer, blocks: int) -> list[Tile]:
 
 
 def _window_tiles(layer: Layer) -> list[Tile]:
-    """Return the tiles whose window fits into the registers beside weights and sums, the largest first."""
+    """Return the tiles whose window fits into the registers beside weights and sums, the largest first.
+
+    With few pixels a kernel loads and stores sums more than it computes: such tiles are left out.
+    """
+    if instruction_set() != "avx512" or layer.spread != (1, 1):
+        return []
     (s, t), k = layer.stride, layer.kernel_size
     tiles = [
         (1, r, c)
         for r, c in product((1, 2, 3, 4), repeat=2)
-        if ((r - 1) * s + k) * ((c - 1) * t + k) <= _WINDOW.get(instruction_set(), 0)
+        if ((r - 1) * s + k) * ((c - 1) * t + k) + layer.entries + _SUMS_UNDER_WAY <= _REGISTERS
+        and r * c >= _LEAST_PIXELS
         and r <= layer.out_size[0]
         and c <= layer.out_size[1]
-        and layer.spread == (1, 1)
     ]
     return sorted(tiles, key=lambda tile: (tile[1] * tile[2], tile[2]), reverse=True)
 
