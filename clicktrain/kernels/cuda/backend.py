@@ -18,7 +18,7 @@ from torch import Tensor
 
 from clicktrain.errors import InvalidArgument
 from clicktrain.kernels.cpu.layer import Layer
-from clicktrain.kernels.cuda import codegen, layout, tiling
+from clicktrain.kernels.cuda import codegen, layout, tensor, tiling
 from clicktrain.kernels.cuda.codegen import LANES, ConvolutionSpec, Dtype, GradientSpec
 from clicktrain.kernels.cuda.launch import CupyLauncher, Launcher, available
 from clicktrain.kernels.plan import Plan
@@ -172,10 +172,13 @@ class Runtime:
     def __init__(self, plan: Plan, dtype: Dtype, device: torch.device) -> None:
         self._layers = Layer.forward(plan), Layer.transposed(plan)
         self._rest = plan.input_shape[0], dtype, device
+        self._for_tensor_cores = (plan, dtype, device, launcher) if tensor.applies(plan, dtype, device) else None
 
     @cached_property
-    def forward(self) -> Convolution:
+    def forward(self) -> Convolution | tensor.Forward:
         """The forward pass."""
+        if self._for_tensor_cores:
+            return tensor.Forward(*self._for_tensor_cores)
         return Convolution(self._layers[0], *self._rest)
 
     @cached_property

@@ -79,3 +79,60 @@ __device__ __forceinline__ void wait_for_copies() {
 __device__ __forceinline__ float shuffle_xor(float value, int distance) {
   return __shfl_xor_sync(0xffffffffu, value, distance);
 }
+
+// Tensor cores (compute capability 8.0 and newer). All lanes of a warp call these together.
+
+// Two values of 16 bits that are neighbours in memory; at four bytes.
+template <typename Narrow>
+__device__ __forceinline__ unsigned load_word(const Narrow* from) {
+  return *reinterpret_cast<const unsigned*>(from);
+}
+
+// What lanes wrote to shared memory before is seen by the other lanes of their warp.
+__device__ __forceinline__ void warp_barrier() { __syncwarp(); }
+
+// Four 8 x 8 matrices of 16-bit values from shared memory: lane l gives the place of row l % 8 of matrix l / 8, eight
+// values at 16 bytes. Of each matrix lane t gets the values 2 * (t % 4) and the next of row t / 4; transposed: of
+// column t / 4.
+template <bool Transposed>
+__device__ __forceinline__ Packed<unsigned, 4> load_matrices(const Packed<unsigned, 4>* row) {
+  Packed<unsigned, 4> found = {};
+#if __CUDA_ARCH__ >= 750
+  const unsigned place = unsigned(__cvta_generic_to_shared(row));
+  if (Transposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(found.items[0]), "=r"(found.items[1]), "=r"(found.items[2]), "=r"(found.items[3])
+                 : "r"(place)
+                 : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(found.items[0]), "=r"(found.items[1]), "=r"(found.items[2]), "=r"(found.items[3])
+                 : "r"(place)
+                 : "memory");
+#endif
+  return found;
+}
+
+// sum[16 x 8] += a[16 x 16] * b[16 x 8]. Lane t has of the sums (row t / 4, columns 2 * (t % 4) + {0, 1}), then the
+// same of row + 8; of a the words (row t / 4, k = 2 * (t % 4) + {0, 1}), row + 8, k + 8, both; of b the words
+// (k = 2 * (t % 4) + {0, 1}, column t / 4), k + 8.
+__device__ __forceinline__ void multiply_accumulate(float (&sum)[4], const Packed<unsigned, 4>& a, unsigned b0,
+                                                    unsigned b1, half16) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a.items[0]), "r"(a.items[1]), "r"(a.items[2]), "r"(a.items[3]), "r"(b0), "r"(b1));
+#endif
+}
+__device__ __forceinline__ void multiply_accumulate(float (&sum)[4], const Packed<unsigned, 4>& a, unsigned b0,
+                                                    unsigned b1, bfloat16) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a.items[0]), "r"(a.items[1]), "r"(a.items[2]), "r"(a.items[3]), "r"(b0), "r"(b1));
+#endif
+}

@@ -65,6 +65,7 @@ static std::vector<float> exchanged[2];
 static unsigned current;
 static ucontext_t scheduler;
 static unsigned char* shared_bytes;
+static size_t shared_size;
 static sigjmp_buf escape;
 static void (*body)(void**);
 static void** body_arguments;
@@ -173,6 +174,7 @@ inline int launch(void (*entry)(void**), unsigned blocks, unsigned threads, size
   for (auto& values : exchanged) values.assign(threads, 0);
   Guarded memory((shared + 15) / 16 * 16, true);
   shared_bytes = memory.data();
+  shared_size = shared;
   body = entry, body_arguments = arguments;
   blockDim.x = threads, gridDim.x = blocks;
   uint32_t random = seed * 2654435761u + 1;
@@ -287,6 +289,87 @@ inline float shuffle_xor(float value, int distance) {
   host::exchanged[turn][thread] = value;
   host::yield(host::Waits::in_warp);
   return host::exchanged[turn][thread ^ unsigned(distance)];
+}
+
+namespace host {
+
+// What a lane hands to its warp: a row of a matrix, or its parts of two factors.
+struct Handed {
+  uint16_t row[8];
+  float a[8], b[4];
+};
+static std::vector<Handed> handed[2];
+
+// Hand something to the warp; returns the turn to read the others' in, when all have handed theirs over.
+inline unsigned hand(const Handed& mine) {
+  const unsigned thread = current, turn = fibers[thread].shuffles++ % 2;
+  for (auto& all : handed)
+    if (all.size() < fibers.size()) all.resize(fibers.size());
+  handed[turn][thread] = mine;
+  yield(Waits::in_warp);
+  return turn;
+}
+
+template <typename Narrow>
+float value_of(unsigned word, int place) {
+  return to_float(Narrow{uint16_t(word >> 16 * place)});
+}
+
+}  // namespace host
+
+template <typename Narrow>
+unsigned load_word(const Narrow* from) {
+  host::check_aligned(from, 4);
+  unsigned word;
+  memcpy(&word, from, 4);
+  return word;
+}
+
+inline void warp_barrier() {
+  host::fibers[host::current].shuffles++;
+  host::yield(host::Waits::in_warp);
+}
+
+template <bool Transposed>
+Packed<unsigned, 4> load_matrices(const Packed<unsigned, 4>* row) {
+  host::check_aligned(row, 16);
+  const auto* place = reinterpret_cast<const unsigned char*>(row);
+  if (place < host::shared_bytes || place + 16 > host::shared_bytes + host::shared_size)
+    host::fail(host::Result::out_of_bounds);
+  host::Handed mine{};
+  memcpy(mine.row, row, 16);
+  const unsigned thread = host::current, turn = host::hand(mine);
+  const auto& all = host::handed[turn];
+  const unsigned warp = thread / 32 * 32, lane = thread % 32;
+  Packed<unsigned, 4> found;
+  for (unsigned matrix = 0; matrix < 4; ++matrix) {
+    uint16_t pair[2];
+    for (unsigned i = 0; i < 2; ++i) {
+      const unsigned line = lane / 4, column = lane % 4 * 2 + i;
+      const auto& from = all[warp + matrix * 8 + (Transposed ? column : line)];
+      pair[i] = from.row[Transposed ? line : column];
+    }
+    found.items[matrix] = pair[0] | unsigned(pair[1]) << 16;
+  }
+  return found;
+}
+
+// Products of 16-bit values are exact in float32; the sums are rounded one by one.
+template <typename Narrow>
+void multiply_accumulate(float (&sum)[4], const Packed<unsigned, 4>& a, unsigned b0, unsigned b1, Narrow) {
+  host::Handed mine{};
+  for (int i = 0; i < 8; ++i) mine.a[i] = host::value_of<Narrow>(a.items[i / 2], i % 2);
+  for (int i = 0; i < 4; ++i) mine.b[i] = host::value_of<Narrow>(i < 2 ? b0 : b1, i % 2);
+  const unsigned thread = host::current, turn = host::hand(mine);
+  const host::Handed* all = host::handed[turn].data() + thread / 32 * 32;
+  const unsigned lane = thread % 32;
+  for (unsigned i = 0; i < 4; ++i)
+    for (unsigned k = 0; k < 16; ++k) {
+      const unsigned column = lane % 4 * 2 + i % 2, part = k / 8, pair = k % 8 / 2;
+      // Row lane / 4 (+ 8 for i >= 2) of a is with the four lanes that share lane / 4.
+      const float left = all[lane / 4 * 4 + pair].a[part * 4 + i / 2 * 2 + k % 2];
+      sum[i] += left * all[column * 4 + pair].b[part * 2 + k % 2];
+    }
 }
 
 extern "C" void* guarded_new(size_t bytes, int at_end) { return new host::Guarded(bytes, at_end); }

@@ -1,0 +1,127 @@
+// Convolutions on tensor cores, where blocks of 16 neighbouring filters keep the same taps of the same channels.
+//
+// What is kept in common by the 16 filters of a block makes its convolution a dense product of matrices:
+// y[16 filters, pixels] = a[16 x K] * b[K x pixels], K = kept kernels of a filter times entries, b = rows of x shifted
+// by a tap. `multiply_accumulate` multiplies 16 x 16 by 16 x 8, with float32 sums.
+//
+// Unit = 16 bytes = the same pixel of 8 neighbouring images. An image tile in shared memory is [channel][group of 8
+// images][row][column] of units, with zeros where padding is. The row of b for k = (channel, tap) and an output pixel
+// is one unit of the tile, at 16 bytes whatever the tap: `load_matrices` gathers, each lane gives the place of its own
+// row, and no shifted or transposed copy of x exists. The 8 columns of a product are the images of one pixel.
+//
+// Where the limit is. A multiprocessor of an H200 multiplies 16 x 16 by 16 x 8 about every 2 cycles with this
+// instruction. One `load_matrices` takes 4 cycles of shared memory, 128 bytes each, and feeds two products in the
+// forward pass and the gradient of the values: both limits meet at 1024 FMA a cycle, 8 times the FP32 rate. The
+// weights of a product come from global memory, in the order in which they are stored: 16 rows of 32 bytes, for 8 or
+// 16 products. At 8x compression few products are left for each unit that is copied, so that copying weighs as much.
+//
+// Banks. The 8 rows of a matrix are read without a conflict if their units differ modulo 8. The row pitch is 2 modulo
+// 4 units, so that the taps {0, 1, pitch, pitch + 1} of a square differ, and the pitch from one channel to the next is
+// 4 modulo 8: the next channel's square fits in, if the distance of the channels is odd. `tensor_layout` orders the
+// kernels of a block so that neighbours fit together where they can; the order of taps within a kernel is kept. For
+// 1x1 kernels pitches of channels are odd. The gradient of the values reads 16 filters at one pixel: odd too.
+//
+// What is zero. Tiles are cleared once, then a copy writes every unit that can ever hold a pixel, zeros included.
+// Steps of 16 rows that a block cannot fill read a unit of zeros with a weight of zero: with another unit, an infinity
+// there would spread. Images beyond the last are zeros.
+
+using Unit = Packed<unsigned, 4>;
+
+constexpr int IMAGES = 8;  // of a unit
+constexpr int FILTERS = 16;  // of a block
+
+template <int Channels, int Groups, int Rows, int Columns, int RowPitch, int GroupPitch, int ChannelPitch, int CopyRows,
+          int CopyColumns, int WholeRows, int WholeColumns, int Width, int SpreadRows, int SpreadColumns>
+struct Tile {
+  static constexpr int channels = Channels, groups = Groups, rows = Rows, columns = Columns;
+  static constexpr int row_pitch = RowPitch, group_pitch = GroupPitch, channel_pitch = ChannelPitch;  // in units
+  static constexpr int copy_rows = CopyRows, copy_columns = CopyColumns;  // rows of the image, words of a row
+  static constexpr bool whole_rows = WholeRows, whole_columns = WholeColumns;  // every tile holds all of the image
+  static constexpr int width = Width;  // pixels of a word: 2 where rows have an even length
+  static constexpr int spread_rows = SpreadRows, spread_columns = SpreadColumns;  // tile pixels for one of the image
+  static constexpr int units = Channels * ChannelPitch;
+};
+
+// What a tile shows: first image, tile pixel of image row 0 is -top, and the first row and column to take.
+struct View {
+  int image, top, left, first_row, first_column;
+};
+
+template <int Divisor>
+__device__ __forceinline__ int divide_down(int value) {
+  return value >= 0 ? value / Divisor : -((Divisor - 1 - value) / Divisor);
+}
+
+__device__ __forceinline__ unsigned read_bits(const Element* from) { return from->bits; }
+
+template <int Width>
+__device__ __forceinline__ unsigned read_pixels(const Element* from) {
+  if constexpr (Width == 2) return load_word(from);
+  return read_bits(from);
+}
+
+// Put the low (or high) halves of the words of eight images together.
+__device__ __forceinline__ Unit low_halves(const unsigned (&words)[IMAGES]) {
+  Unit unit;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) unit.items[i] = (words[2 * i] & 0xffffu) | words[2 * i + 1] << 16;
+  return unit;
+}
+__device__ __forceinline__ Unit high_halves(const unsigned (&words)[IMAGES]) {
+  Unit unit;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) unit.items[i] = words[2 * i] >> 16 | (words[2 * i + 1] & 0xffff0000u);
+  return unit;
+}
+
+__device__ __forceinline__ void store_unit(Unit* to, const Unit& unit) {
+  store_packed(reinterpret_cast<unsigned*>(to), unit);
+}
+
+__device__ __forceinline__ void clear(Unit* units, int count) {
+  for (int i = threadIdx.x; i < count; i += THREADS) store_unit(units + i, Unit{});
+}
+
+// Copy `count` channels of NCHW images from `first` on. Neighbouring lanes read neighbouring words of an image.
+template <typename T>
+__device__ __forceinline__ void copy_tile(T, Unit* tile, const Element* from, View view, int first, int count,
+                                          int images, int channels, int height, int width) {
+  constexpr int OF_CHANNEL = T::copy_rows * T::copy_columns;
+  const int top = T::whole_rows ? 0 : divide_down<T::spread_rows>(view.top);
+  const int left = T::whole_columns ? 0 : divide_down<T::spread_columns>(view.left) & -T::width;
+  const int plane = channels * height * width;
+  for (int item = threadIdx.x; item < T::groups * T::channels * OF_CHANNEL; item += THREADS) {
+    const int channel = item / OF_CHANNEL % T::channels, group = item / (OF_CHANNEL * T::channels);
+    const int row = top + item / T::copy_columns % T::copy_rows, column = left + item % T::copy_columns * T::width;
+    const int to_row = row * T::spread_rows - view.top, to_column = column * T::spread_columns - view.left;
+    if (channel >= count || to_row < 0 || to_row >= T::rows) continue;
+    const int there = images - view.image - group * IMAGES;
+    const bool exists = row >= view.first_row && row < height && column >= view.first_column && column < width;
+    const Element* source =
+        from + (((view.image + group * IMAGES) * channels + first + channel) * height + row) * width + column;
+    unsigned words[IMAGES];
+#pragma unroll
+    for (int i = 0; i < IMAGES; ++i) words[i] = exists && i < there ? read_pixels<T::width>(source + i * plane) : 0u;
+    Unit* to = tile + channel * T::channel_pitch + group * T::group_pitch + to_row * T::row_pitch + to_column;
+    if (to_column >= 0 && to_column < T::columns) store_unit(to, low_halves(words));
+    if constexpr (T::width == 2) {
+      const int next = to_column + T::spread_columns;
+      if (next >= 0 && next < T::columns) store_unit(to + T::spread_columns, high_halves(words));
+    }
+  }
+}
+
+// Output positions of a tile count columns fastest, then rows, then groups of images; places are in units.
+template <typename T>
+__device__ __forceinline__ int place_of(T, int position) {
+  const int column = position % RECT_COLUMNS, row = position / RECT_COLUMNS % RECT_ROWS;
+  return position < POSITIONS ? position / (RECT_COLUMNS * RECT_ROWS) * T::group_pitch +
+                                    row * STRIDE_ROWS * T::row_pitch + column * STRIDE_COLUMNS
+                              : 0;
+}
+
+// Two neighbouring values, the first at an even place where kernels have an even number of entries.
+__device__ __forceinline__ unsigned read_pair(const Element* values, int first, int second) {
+  if constexpr (ENTRIES % 2 == 0) return first >= 0 ? load_word(values + first) : 0u;
+  return (first >= 0 ? read_bits(values + first) : 0u) | (second >= 0 ? read_bits(values + second) : 0u) << 16;
+}

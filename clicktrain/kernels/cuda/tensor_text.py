@@ -1,0 +1,169 @@
+"""Writes the text of a CUDA unit for tensor cores: constants and the kernels of tensor.cuh and of one function.
+
+`render` is pure: equal specifications give equal text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Literal
+
+from clicktrain.kernels.cuda.codegen import ELEMENTS, LANES, Dtype, Pair, _source
+
+IMAGES = 8
+"""Images of a unit: 16 bytes of one pixel, a row of `ldmatrix`."""
+FILTERS = 16
+"""Filters of a block: the rows of `mma.m16n8k16`."""
+STEP = 16
+"""Rows of a block's matrix that are multiplied at once: the depth of `mma.m16n8k16`."""
+UNIT_BYTES = 16
+RESIDENT_WARPS = 16
+"""Warps of a multiprocessor that have 128 registers each."""
+
+Function = Literal["forward", "grad_input", "grad_values"]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """An image tile in shared memory: [channel][group of 8 images][row][column] of units; see tensor.cuh.
+
+    Attributes
+    ----------
+    channels, groups : int
+        Channels and groups of images.
+    size : (int, int)
+        Rows and columns in tile pixels: those of the image, spread out by `spread`.
+    row_pitch, group_pitch, channel_pitch : int
+        Units from one to the next.
+    copied : (int, int)
+        Rows, and words of a row, that a copy takes from the image.
+    whole : (bool, bool)
+        Whether each tile holds all rows (columns) of the image.
+    width : int
+        Pixels of a word of the image.
+    spread : (int, int)
+        Tile pixels for one pixel of the image.
+    """
+
+    channels: int
+    groups: int
+    size: Pair
+    row_pitch: int
+    group_pitch: int
+    channel_pitch: int
+    copied: Pair
+    whole: tuple[bool, bool]
+    width: int
+    spread: Pair = (1, 1)
+
+    @property
+    def units(self) -> int:
+        """Units of shared memory."""
+        return self.channels * self.channel_pitch
+
+    def text(self, name: str) -> str:
+        """Return the declaration of the tile's type."""
+        numbers = (
+            self.channels, self.groups, *self.size, self.row_pitch, self.group_pitch, self.channel_pitch, *self.copied,
+            *map(int, self.whole), self.width, *self.spread,
+        )  # fmt: skip
+        return f"using {name} = Tile<{', '.join(map(str, numbers))}>;"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """All that the text of a function depends on.
+
+    Attributes
+    ----------
+    function : {"forward", "grad_input", "grad_values"}
+        What is computed.
+    entries : int
+        Weights of a kernel.
+    blocks : int
+        Blocks of 16 filters that the threads of a block share a tile for; 1 for the input gradient.
+    parts : int
+        Warps that share the same filters and divide the positions.
+    tiles : int
+        Forward: positions of a warp, even. Input gradient: pairs of positions of a warp. Gradient of the values: steps
+        of 16 entries of a warp.
+    rect : (int, int)
+        Rows and columns of destination pixels (forward and gradient of the values: of y; input gradient: of x).
+    stride, padding : (int, int)
+        From a position to the next in tile pixels, and of the tile.
+    input : Tile
+        Of x; input gradient: of dy.
+    output : Tile or None
+        Of dy, for the gradient of the values.
+    channels : int
+        Input gradient: channels of a block. Else: 0.
+    columns : int
+        Input gradient: most tiles of 8 channels of a job. Else: 0.
+    vector : int
+        Pixels that are written at once.
+    """
+
+    function: Function
+    dtype: Dtype
+    entries: int
+    warps: int
+    blocks: int
+    parts: int
+    tiles: int
+    rect: Pair
+    stride: Pair
+    padding: Pair
+    input: Tile
+    output: Tile | None = None
+    channels: int = 0
+    columns: int = 0
+    vector: int = 1
+
+    @property
+    def positions(self) -> int:
+        """Destination pixels times groups of images."""
+        return self.input.groups * self.rect[0] * self.rect[1]
+
+    @property
+    def image_pitch(self) -> int:
+        """Floats from one image's sums to the next; see the function's .cuh."""
+        least = self.positions if self.function == "grad_input" else self.tiles
+        return 4 + ceil(max(0, least - 4) / 16) * 16
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block of threads."""
+        units = 2 * (self.input.units + (self.output.units if self.output else 0)) + 1
+        sums = IMAGES * self.image_pitch + 1  # of a filter or channel
+        if self.function == "forward":
+            return max(units * UNIT_BYTES, self.warps * 8 * sums * 4)
+        return units * UNIT_BYTES + self.channels * sums * 4
+
+
+def render(spec: TensorSpec) -> str:
+    """Return the text of a unit without the platform: what must be the same on every device."""
+    constants = [f"using Element = {ELEMENTS[spec.dtype]};"]
+    constants += [f"constexpr int {name} = {value};" for name, value in _constants(spec).items()]
+    tiles = [spec.input.text("Input")] + ([spec.output.text("Output")] if spec.output else [])
+    name = {"forward": "tensor_forward.cuh", "grad_input": "tensor_input.cuh", "grad_values": "tensor_values.cuh"}
+    return "\n".join([*constants, "", _source("tensor.cuh"), *tiles, "", _source(name[spec.function])])
+
+
+def unit(spec: TensorSpec) -> str:
+    """Return what NVRTC compiles: the platform and `render(spec)`."""
+    return _source("platform.cuh") + render(spec)
+
+
+def _constants(spec: TensorSpec) -> dict[str, int]:
+    constants = {
+        "WARPS": spec.warps, "THREADS": spec.warps * LANES, "MIN_BLOCKS": max(1, RESIDENT_WARPS // spec.warps),
+        "ENTRIES": spec.entries, "PARTS": spec.parts, "TILES": spec.tiles, "POSITIONS": spec.positions,
+        "RECT_ROWS": spec.rect[0], "RECT_COLUMNS": spec.rect[1], "STRIDE_ROWS": spec.stride[0],
+        "STRIDE_COLUMNS": spec.stride[1], "PADDING_ROWS": spec.padding[0], "PADDING_COLUMNS": spec.padding[1],
+    }  # fmt: skip
+    if spec.function == "grad_input":
+        return {**constants, "CHANNELS": spec.channels, "COLUMNS": spec.columns, "VECTOR": spec.vector}
+    if spec.function == "forward":
+        constants["VECTOR"] = spec.vector
+    return {**constants, "BLOCKS": spec.blocks}
