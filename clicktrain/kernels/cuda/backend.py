@@ -18,7 +18,8 @@ from torch import Tensor
 
 from clicktrain.errors import InvalidArgument
 from clicktrain.kernels.cpu.layer import Layer
-from clicktrain.kernels.cuda import codegen, layout, tensor, tiling
+from clicktrain.kernels.cuda import codegen, layout, tiling
+from clicktrain.kernels.cuda import tensor as tensor_cores
 from clicktrain.kernels.cuda.codegen import LANES, ConvolutionSpec, Dtype, GradientSpec
 from clicktrain.kernels.cuda.launch import CupyLauncher, Launcher, available
 from clicktrain.kernels.plan import Plan
@@ -172,23 +173,27 @@ class Runtime:
     def __init__(self, plan: Plan, dtype: Dtype, device: torch.device) -> None:
         self._layers = Layer.forward(plan), Layer.transposed(plan)
         self._rest = plan.input_shape[0], dtype, device
-        self._for_tensor_cores = (plan, dtype, device, launcher) if tensor.applies(plan, dtype, device) else None
+        self._for_tensor_cores = (plan, dtype, device, launcher) if tensor_cores.applies(plan, dtype, device) else None
 
     @cached_property
-    def forward(self) -> Convolution | tensor.Forward:
+    def forward(self) -> Convolution | tensor_cores.Forward:
         """The forward pass."""
         if self._for_tensor_cores:
-            return tensor.Forward(*self._for_tensor_cores)
+            return tensor_cores.Forward(*self._for_tensor_cores)
         return Convolution(self._layers[0], *self._rest)
 
     @cached_property
-    def grad_input(self) -> Convolution:
+    def grad_input(self) -> Convolution | tensor_cores.InputGradient:
         """The input gradient."""
+        if self._for_tensor_cores:
+            return tensor_cores.InputGradient(*self._for_tensor_cores)
         return Convolution(self._layers[1], *self._rest)
 
     @cached_property
-    def gradient(self) -> Gradient:
+    def gradient(self) -> Gradient | tensor_cores.ValuesGradient:
         """The gradient of the values."""
+        if self._for_tensor_cores:
+            return tensor_cores.ValuesGradient(*self._for_tensor_cores)
         return Gradient(self._layers[0], *self._rest)
 
 

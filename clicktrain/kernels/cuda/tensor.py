@@ -24,6 +24,7 @@ from clicktrain.kernels.plan import Plan
 if TYPE_CHECKING:
     from clicktrain.kernels.cuda.backend import Epilogue
 
+FINISH_THREADS = 256
 OLDEST = (8, 0)
 """Oldest compute capability that multiplies bfloat16 16 x 16 by 16 x 8."""
 
@@ -68,6 +69,66 @@ class Forward:
             ),
         )  # fmt: skip
         return y
+
+
+class InputGradient:
+    """The input gradient on one device, ready to run."""
+
+    def __init__(self, plan: Plan, dtype: Dtype, device: torch.device, launcher: Launcher) -> None:
+        self.plan, self.launcher = plan, launcher
+        self.spec: TensorSpec = tiling.input_spec(plan, dtype, launcher.limits(device))
+        self.text = text.unit(self.spec)
+        made = layout.input_jobs(plan, self.spec)
+        self._program = [_on(a, device) for a in (made.taps, made.words, made.bounds, made.strides)]
+        self._rects = tiling.Geometry.transposed(plan).rects(self.spec.rect)
+
+    def run(self, dy: Tensor, values: Tensor, shape: tuple[int, ...], epilogue: Epilogue) -> Tensor:
+        """Return the gradient, of the given shape; there is no epilogue."""
+        dx = torch.empty(shape, dtype=dy.dtype, device=dy.device)
+        spec, (images, channels, *in_size), (_, filters, *out_size) = self.spec, shape, self.plan.output_shape
+        sets = _parts(channels, spec.channels)
+        blocks = sets * self._rects[0] * self._rects[1] * _parts(images, IMAGES * spec.input.groups)
+        self.launcher.launch(
+            self.text, "tensor_input", blocks, spec.warps * LANES, spec.shared_bytes,
+            (
+                _aligned(dy), _aligned(values), dx, *self._program, images, channels, *in_size, filters, *out_size,
+                *self._rects, sets,
+            ),
+        )  # fmt: skip
+        return dx
+
+
+class ValuesGradient:
+    """The gradient of the values on one device, ready to run."""
+
+    def __init__(self, plan: Plan, dtype: Dtype, device: torch.device, launcher: Launcher) -> None:
+        self.plan, self.launcher = plan, launcher
+        limits = launcher.limits(device)
+        self.spec: TensorSpec = tiling.values_spec(plan, dtype, limits)
+        self.text = text.unit(self.spec)
+        made = layout.rows(plan, self.spec.input)
+        jobs, pieces = layout.value_jobs(made.bounds, self.spec)
+        self._program = [_on(a, device) for a in (made.offsets, made.places, made.strides, jobs, pieces)]
+        self._pieces = len(pieces)
+        self._walks, self._splits = tiling.value_splits(self._pieces, self.spec, plan, limits)
+        self._rects = tiling.Geometry.forward(plan).rects(self.spec.rect)
+
+    def run(self, x: Tensor, dy: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Return the gradient, of the given shape (kept_kernels, entries)."""
+        spec, count, shares = self.spec, shape[0] * shape[1], self._splits * self.spec.parts
+        (images, channels, *in_size), (_, filters, *out_size) = self.plan.input_shape, self.plan.output_shape
+        partial = torch.empty(shares * count, dtype=torch.float32, device=x.device)
+        dvalues = torch.empty(shape, dtype=x.dtype, device=x.device)
+        self.launcher.launch(
+            self.text, "tensor_values", self._pieces * self._splits, spec.warps * LANES, spec.shared_bytes,
+            (
+                _aligned(x), _aligned(dy), partial, *self._program, images, channels, *in_size, filters, *out_size,
+                *self._rects, self._walks, self._pieces, self._splits, count,
+            ),
+        )  # fmt: skip
+        blocks = _parts(count, FINISH_THREADS)
+        self.launcher.launch(self.text, "tensor_finish", blocks, FINISH_THREADS, 0, (partial, dvalues, count, shares))
+        return dvalues
 
 
 def _parts(whole: int, part: int) -> int:

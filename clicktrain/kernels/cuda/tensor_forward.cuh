@@ -2,7 +2,7 @@
 //
 // A block of threads has a rectangle of output pixels of some groups of images, and BLOCKS blocks of filters. A warp
 // computes one block of filters at 8-column tiles for TILES positions; PARTS warps share a block. Channels come in
-// chunks, two buffers, one barrier a chunk. The rows of a block's matrix (places in the tile, places of its values)
+// chunks, two buffers (one, if one chunk holds them all), one barrier a chunk. The rows of a block's matrix (places in the tile, places of its values)
 // are one list for all chunks, so that weights are read one step of 16 rows before they are used, and the places of
 // values two steps before.
 
@@ -108,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
                    const Element* residual, int relu, int images, int channels, int in_h, int in_w, int filters,
                    int out_h, int out_w, int rects_h, int rects_w, int chunks, int sets) {
   Unit* const tiles = reinterpret_cast<Unit*>(shared_memory());
-  Unit* const zero = tiles + 2 * Input::units;
+  Unit* const zero = tiles + BUFFERS * Input::units;
   const int set = blockIdx.x % sets, rect = blockIdx.x / sets;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = warp % PARTS;
   const int block = set * BLOCKS + warp / PARTS;
@@ -135,15 +135,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   read_step(steps, bound[0]);
   read_places(steps, bound[0] + 16);
 
-  clear(tiles, 2 * Input::units + 1);
+  clear(tiles, BUFFERS * Input::units + 1);
   for (int chunk = -1; chunk < chunks; ++chunk) {
     __syncthreads();
     const int first = (chunk + 1) * Input::channels, left = channels - first;
     if (left > 0)
-      copy_tile(Input{}, tiles + (chunk + 1) % 2 * Input::units, x, in, first,
+      copy_tile(Input{}, tiles + (chunk + 1) % BUFFERS * Input::units, x, in, first,
                 left < Input::channels ? left : Input::channels, images, channels, in_h, in_w);
     if (chunk >= 0 && works)
-      sweep(steps, bound[chunk], bound[chunk + 1], tiles + chunk % 2 * Input::units, zero, pixels, sum);
+      sweep(steps, bound[chunk], bound[chunk + 1], tiles + chunk % BUFFERS * Input::units, zero, pixels, sum);
   }
   __syncthreads();
   if (!works) return;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,6 +93,103 @@ def rows(plan: Plan, tile: Tile) -> Rows:
     return Rows(_words(offsets), _words(places), _words(bounds).reshape(-1, chunks + 1), _words(strides))
 
 
+@dataclass(frozen=True, eq=False)
+class Jobs:
+    """What the warps of the input gradient do.
+
+    Attributes
+    ----------
+    taps : (patterns, 16 * entries) int32
+        Places in a tile of dy of the rows (filter, entry) of a product, in units.
+    words : (jobs, 2 + 16 * columns) int32
+        Pattern, tiles of 8 channels; channels in the set (-1: none); places of their values for the first filter.
+    bounds : (sets of channels, blocks + 1) int32
+        Where the jobs of a set and block of filters start, and where they end.
+    strides : (blocks,) int32
+        As in `Rows`.
+    """
+
+    taps: Words
+    words: Words
+    bounds: Words
+    strides: Words
+
+
+def input_jobs(plan: Plan, spec: TensorSpec) -> Jobs:
+    """Lay out the input gradient: for each set of channels and block of filters, jobs of one pattern, large first."""
+    tile, channels, entries = spec.input, plan.input_shape[1], plan.pool.entries
+    filters = np.arange(FILTERS)[:, None] * tile.channel_pitch
+    rotated = np.array(tap_places(plan.pool.rotated(), tile), np.int32)[:, None, ::-1]  # in the order of the values
+    cut = blocks(plan)
+    words: list[list[int]] = []
+    bounds: list[int] = []
+    for first in range(0, channels, spec.channels):
+        for block in cut:
+            bounds.append(len(words))
+            words += sorted(_jobs(block, first, spec), key=lambda job: -job[1])
+        bounds.append(len(words))
+    strides = [len(block.channels) * entries for block in cut]
+    taps = (rotated + filters).reshape(len(plan.pool), -1)
+    made = np.array(words or [[0] * (2 + 16 * spec.columns)], np.int32)
+    return Jobs(taps.astype(np.int32), made, _words(bounds).reshape(-1, len(cut) + 1), _words(strides))
+
+
+def _jobs(block: Block, first: int, spec: TensorSpec) -> list[list[int]]:
+    """Return the jobs of a block of filters for the channels from `first` on."""
+    by_pattern: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for j, (channel, pattern) in enumerate(zip(block.channels, block.patterns, strict=True)):
+        if first <= channel < first + spec.channels:
+            by_pattern[pattern].append((channel - first, (block.base + j) * spec.entries))
+    most, jobs = 8 * spec.columns, []
+    for pattern, kernels in by_pattern.items():
+        for part in (kernels[start : start + most] for start in range(0, len(kernels), most)):
+            padded = part + [(-1, -1)] * (most - len(part))
+            jobs.append([pattern, -(-len(part) // 8), *(c for c, _ in padded), *(p for _, p in padded)])
+    return jobs
+
+
+def value_jobs(bounds: Words, spec: TensorSpec) -> tuple[Words, Words]:
+    """Lay out the gradient of the values.
+
+    Parameters
+    ----------
+    bounds : (blocks, chunks + 1) int32
+        Of `Rows`.
+    spec : TensorSpec
+        How the function is cut up.
+
+    Returns
+    -------
+    jobs : (pieces, warps // parts, 3) int32
+        Block of filters in the piece (-1: no job), first row, steps.
+    pieces : (pieces, 2) int32
+        First block of filters and first channel.
+    """
+    room = spec.warps // spec.parts
+    jobs: list[list[tuple[int, int, int]]] = []
+    pieces: list[tuple[int, int]] = []
+    for first in range(0, len(bounds), spec.blocks):
+        for chunk in range(bounds.shape[1] - 1):
+            found = [
+                (slot, start, steps)
+                for slot, (begin, end) in enumerate(bounds[first : first + spec.blocks, chunk : chunk + 2].tolist())
+                for start, steps in _steps(begin, end, spec.tiles)
+            ]
+            for start in range(0, len(found), room):
+                part = found[start : start + room]
+                jobs.append(part + [(-1, 0, 0)] * (room - len(part)))
+                pieces.append((first, chunk * spec.input.channels))
+    return np.array(jobs, np.int32).reshape(-1, room, 3), np.array(pieces, np.int32).reshape(-1, 2)
+
+
+def _steps(begin: int, end: int, most: int) -> list[tuple[int, int]]:
+    """Cut rows into parts of at most so many steps, evenly; return first row and steps of each."""
+    steps = (end - begin) // STEP
+    parts = -(-steps // most)
+    cuts = [steps * part // parts for part in range(parts + 1)] if parts else []
+    return [(begin + STEP * a, b - a) for a, b in pairwise(cuts)]
+
+
 def tap_places(pool: PatternPool, tile: Tile) -> list[list[int]]:
     """Return the places of each pattern's taps relative to a position, in units."""
     k = pool.kernel_size
@@ -127,6 +225,3 @@ def without_conflicts(kernels: list[tuple[int, tuple[int, ...]]]) -> list[tuple[
 
 def _words(numbers: list[int]) -> Words:
     return np.array(numbers or [0], np.int32)
-
-
-__all__ = ["Block", "Rows", "TensorSpec", "blocks", "rows", "tap_places", "without_conflicts"]

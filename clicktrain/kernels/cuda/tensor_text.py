@@ -102,6 +102,8 @@ class TensorSpec:
         Input gradient: most tiles of 8 channels of a job. Else: 0.
     vector : int
         Pixels that are written at once.
+    buffers : int
+        Tiles in shared memory: one is used while the other is filled.
     """
 
     function: Function
@@ -119,6 +121,7 @@ class TensorSpec:
     channels: int = 0
     columns: int = 0
     vector: int = 1
+    buffers: int = 2
 
     @property
     def positions(self) -> int:
@@ -128,17 +131,17 @@ class TensorSpec:
     @property
     def image_pitch(self) -> int:
         """Floats from one image's sums to the next; see the function's .cuh."""
-        least = self.positions if self.function == "grad_input" else self.tiles
+        least = 2 * self.tiles * self.parts if self.function == "grad_input" else self.tiles
         return 4 + ceil(max(0, least - 4) / 16) * 16
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block of threads."""
-        units = 2 * (self.input.units + (self.output.units if self.output else 0)) + 1
-        sums = IMAGES * self.image_pitch + 1  # of a filter or channel
+        tiles = self.buffers * UNIT_BYTES * (self.input.units + (self.output.units if self.output else 0))
+        sums = 4 * (IMAGES * self.image_pitch + 1)  # of a filter or channel
         if self.function == "forward":
-            return max(units * UNIT_BYTES, self.warps * 8 * sums * 4)
-        return units * UNIT_BYTES + self.channels * sums * 4
+            return max(tiles + UNIT_BYTES, self.warps * 8 * sums)
+        return tiles + self.channels * sums
 
 
 def render(spec: TensorSpec) -> str:
@@ -157,7 +160,7 @@ def unit(spec: TensorSpec) -> str:
 
 def _constants(spec: TensorSpec) -> dict[str, int]:
     constants = {
-        "WARPS": spec.warps, "THREADS": spec.warps * LANES, "MIN_BLOCKS": max(1, RESIDENT_WARPS // spec.warps),
+        "THREADS": spec.warps * LANES, "MIN_BLOCKS": max(1, RESIDENT_WARPS // spec.warps),
         "ENTRIES": spec.entries, "PARTS": spec.parts, "TILES": spec.tiles, "POSITIONS": spec.positions,
         "RECT_ROWS": spec.rect[0], "RECT_COLUMNS": spec.rect[1], "STRIDE_ROWS": spec.stride[0],
         "STRIDE_COLUMNS": spec.stride[1], "PADDING_ROWS": spec.padding[0], "PADDING_COLUMNS": spec.padding[1],
@@ -165,5 +168,6 @@ def _constants(spec: TensorSpec) -> dict[str, int]:
     if spec.function == "grad_input":
         return {**constants, "CHANNELS": spec.channels, "COLUMNS": spec.columns, "VECTOR": spec.vector}
     if spec.function == "forward":
-        constants["VECTOR"] = spec.vector
-    return {**constants, "BLOCKS": spec.blocks}
+        constants |= {"VECTOR": spec.vector, "BUFFERS": spec.buffers}
+        constants["BLOCKS"] = spec.blocks
+    return constants

@@ -14,6 +14,10 @@ from clicktrain.kernels.plan import Plan
 
 MOST_TILES = 16
 """8-column tiles of a warp: 64 sums of a lane, which leaves room for all else in 128 registers."""
+MOST_COLUMNS = 4
+"""Tiles of 8 channels of a job: each number up to it is compiled."""
+MOST_POSITIONS = 128
+"""Of a step of the gradient of the values."""
 MOST_CHANNELS = 64
 """Of a chunk."""
 
@@ -96,52 +100,186 @@ def forward_spec(plan: Plan, dtype: Dtype, limits: Limits) -> TensorSpec:
     return min(forward_candidates(plan, dtype, limits), key=lambda spec: estimate(spec, plan, limits))
 
 
+def input_spec(plan: Plan, dtype: Dtype, limits: Limits) -> TensorSpec:
+    """Choose how the input gradient is cut up."""
+    return min(input_candidates(plan, dtype, limits), key=lambda spec: estimate(spec, plan, limits))
+
+
+def values_spec(plan: Plan, dtype: Dtype, limits: Limits) -> TensorSpec:
+    """Choose how the gradient of the values is cut up."""
+    return min(values_candidates(plan, dtype, limits), key=lambda spec: estimate(spec, plan, limits))
+
+
 def forward_candidates(plan: Plan, dtype: Dtype, limits: Limits) -> list[TensorSpec]:
     """Return the ways to cut up the forward pass that are worth a thought."""
-    geometry, filter_blocks = Geometry.forward(plan), plan.index.shape[0] // FILTERS
-    found = []
+    geometry, filter_blocks, found = Geometry.forward(plan), plan.index.shape[0] // FILTERS, []
     for warps, blocks, tiles in product(_warps(limits), (8, 4, 2, 1), (16, 8, 4, 2)):
         if blocks > min(warps, filter_blocks) or warps % blocks:
             continue
         parts = warps // blocks
         for rect, groups in geometry.cuts(parts * tiles, plan.input_shape[0]):
-            tile = geometry.tile(rect, groups, 1)
             spec = TensorSpec(
                 "forward", dtype, plan.pool.entries, warps, blocks, parts, tiles, rect, geometry.stride,
-                geometry.padding, tile, vector=_vector(geometry, rect, tiles),
+                geometry.padding, geometry.tile(rect, groups, 1),
+                vector=_vector(geometry, rect) if tiles % 2 == 0 else 1,
             )  # fmt: skip
             found += _with_channels(spec, plan.input_shape[1], limits)
     return found
 
 
+def input_candidates(plan: Plan, dtype: Dtype, limits: Limits) -> list[TensorSpec]:
+    """Return the ways to cut up the input gradient that are worth a thought."""
+    geometry, channels, found = Geometry.transposed(plan), plan.input_shape[1], []
+    of_pattern = plan.values_shape[0] / (plan.index.shape[0] * len(plan.pool))  # channels of a pattern in a block
+    for warps, parts, tiles, resident in product(_warps(limits), (8, 4, 2, 1), (4, 2, 1), (1, 2, 4)):
+        if parts > warps or warps % parts or (resident > 1 and resident * warps > RESIDENT_WARPS):
+            continue
+        for rect, groups in geometry.cuts(2 * parts * tiles, plan.input_shape[0]):
+            spec = TensorSpec(
+                "grad_input", dtype, plan.pool.entries, warps, 1, parts, tiles, rect, geometry.stride,
+                geometry.padding, geometry.tile(rect, groups, FILTERS), vector=_vector(geometry, rect), channels=1,
+            )  # fmt: skip
+            of_channel = replace(spec, channels=2).shared_bytes - spec.shared_bytes
+            room = limits.shared_bytes // resident - spec.shared_bytes
+            if room < 0:
+                continue
+            most = min(channels, 1 + room // of_channel)
+            even = ceil(channels / ceil(channels / most))
+            columns = max(1, min(MOST_TILES // tiles, MOST_COLUMNS, ceil(of_pattern * even / channels / 8)))
+            found.append(replace(spec, channels=even, columns=columns))
+    return found
+
+
+def values_candidates(plan: Plan, dtype: Dtype, limits: Limits) -> list[TensorSpec]:
+    """Return the ways to cut up the gradient of the values that are worth a thought."""
+    geometry, (filters, channels) = Geometry.forward(plan), plan.index.shape
+    found = []
+    for warps, parts, blocks, tiles in product(_warps(limits), (8, 4, 2, 1), (8, 4, 2, 1), (8, 4, 2)):
+        if parts > warps or warps % parts or blocks > filters // FILTERS:
+            continue
+        for rect, groups in geometry.cuts(MOST_POSITIONS, plan.input_shape[0]):
+            spec = TensorSpec(
+                "grad_values", dtype, plan.pool.entries, warps, blocks, parts, tiles, rect, geometry.stride,
+                geometry.padding, geometry.tile(rect, groups, 1), _output_tile(geometry, rect, groups, blocks),
+            )  # fmt: skip
+            found += _with_channels(spec, channels, limits)
+    return found
+
+
+def value_splits(pieces: int, spec: TensorSpec, plan: Plan, limits: Limits) -> tuple[int, int]:
+    """Return how many steps a walk over all positions has, and into how many shares it is divided."""
+    rects = Geometry.forward(plan).rects(spec.rect)
+    walks = rects[0] * rects[1] * ceil(plan.input_shape[0] / (IMAGES * spec.input.groups))
+    wanted = _resident(spec, limits) * limits.multiprocessors // max(1, pieces)
+    return walks, max(1, min(walks, wanted))
+
+
 def estimate(spec: TensorSpec, plan: Plan, limits: Limits) -> float:
-    """Return about how many cycles a forward pass takes; good for choosing, no more."""
-    geometry, (images, channels) = Geometry.forward(plan), plan.input_shape[:2]
-    filter_blocks, chunks = plan.index.shape[0] // FILTERS, ceil(channels / spec.input.channels)
-    depth = plan.values_shape[0] * spec.entries / (FILTERS * filter_blocks)
-    steps = depth / STEP + 0.5 * chunks
+    """Return about how many cycles a function takes; good for choosing, no more.
+
+    Work is what limits a multiprocessor: shared memory, copies, writes. A chain is what one block of threads takes by
+    itself: the steps of a warp one after another, and copies where nothing else is there to be done.
+    """
+    if spec.function == "grad_values":
+        return _estimate_values(spec, plan, limits)
+    geometry = Geometry.forward(plan) if spec.function == "forward" else Geometry.transposed(plan)
+    (images, channels), filter_blocks = plan.input_shape[:2], plan.index.shape[0] // FILTERS
+    kept = plan.values_shape[0] / (FILTERS * filter_blocks)  # kernels of a filter
     rects = geometry.rects(spec.rect)
-    blocks = ceil(images / (IMAGES * spec.input.groups)) * rects[0] * rects[1] * ceil(filter_blocks / spec.blocks)
-    copied = channels * spec.input.groups * spec.input.copied[0] * spec.input.copied[1] * spec.input.width
-    written = spec.positions * spec.blocks * FILTERS * IMAGES
-    # Cycles of shared memory and of what else limits a multiprocessor, and of the longest chain of a warp.
-    work = spec.warps * steps * (2.6 * spec.tiles + 10) + copied / 2 + written / 24
-    chain = steps * (8 * spec.tiles + 60) + chunks * 800 + 2000
-    resident = max(1, min(RESIDENT_WARPS // spec.warps, limits.shared_bytes // spec.shared_bytes))
-    busiest = ceil(blocks / limits.multiprocessors)
-    return max(busiest * work, ceil(busiest / resident) * chain) + 0.2 * busiest * work
+    places = ceil(images / (IMAGES * spec.input.groups)) * rects[0] * rects[1]
+    if spec.function == "forward":
+        sets, chunks = ceil(filter_blocks / spec.blocks), ceil(channels / spec.input.channels)
+        steps = kept * spec.entries / STEP + 0.5 * chunks
+        step, written, copied = 2.6 * spec.tiles + 10, spec.blocks * FILTERS, channels
+        products = spec.warps * steps * step
+        chain = steps * (8 * spec.tiles + 60)
+    else:
+        sets, chunks, copied, written = (
+            ceil(channels / spec.channels),
+            filter_blocks,
+            plan.index.shape[0],
+            spec.channels,
+        )
+        of_job = kept / len(plan.pool) / sets
+        jobs = filter_blocks * len(plan.pool) * ceil(of_job / (8 * spec.columns))
+        columns = ceil(of_job / 8) / max(1, ceil(of_job / (8 * spec.columns)))
+        of_step = spec.tiles * max(4.0, 2 * columns) + 6 * columns
+        job = spec.entries * of_step + spec.tiles * columns * 10
+        products = jobs * spec.parts * job
+        chain = ceil(jobs / filter_blocks / (spec.warps // spec.parts)) * filter_blocks * (
+            spec.entries * (spec.tiles * columns * 8 + 60) + spec.tiles * columns * 30 + 200
+        )  # fmt: skip
+    copying = copied * _copy_cycles(spec.input)
+    writing = spec.positions * written * IMAGES / 24 * (2 if spec.rect[1] < min(16, geometry.target[1]) else 1)
+    resident, busiest = _resident(spec, limits), ceil(places * sets / limits.multiprocessors)
+    exposed = copying * (1 / chunks + 0.3)
+    work = products + copying + writing
+    longest = max(chain, products) + exposed + writing + chunks * 600 + 1500
+    return max(busiest * work, ceil(busiest / resident) * longest) + 0.1 * busiest * work
+
+
+def _estimate_values(spec: TensorSpec, plan: Plan, limits: Limits) -> float:
+    filter_blocks, channels = plan.index.shape[0] // FILTERS, plan.input_shape[1]
+    chunks = ceil(channels / spec.input.channels)
+    steps = max(1, ceil(plan.values_shape[0] * spec.entries / (FILTERS * filter_blocks * chunks * STEP) + 0.3))
+    jobs_of_block = ceil(steps / spec.tiles)
+    room = spec.warps // spec.parts
+    pieces = ceil(filter_blocks / spec.blocks) * chunks * ceil(spec.blocks * jobs_of_block / room)
+    jobs = min(room, spec.blocks * jobs_of_block)
+    walks, splits = value_splits(pieces, spec, plan, limits)
+    pairs = ceil(spec.positions / 2)
+    of_job = min(spec.tiles, ceil(steps / jobs_of_block))
+    assert spec.output is not None
+    copying = spec.input.channels * _copy_cycles(spec.input) + spec.output.channels * _copy_cycles(spec.output)
+    products = jobs * pairs * (5.2 * of_job + 6)
+    chain = ceil(pairs / spec.parts) * (16 * of_job + 60)
+    resident, busiest = _resident(spec, limits), ceil(pieces * splits / limits.multiprocessors)
+    turns = ceil(walks / splits)
+    work = busiest * turns * (products + copying)
+    longest = ceil(busiest / resident) * (turns * (max(chain, products) + 0.4 * copying + 600) + 3000)
+    partial = splits * spec.parts * plan.values_shape[0] * spec.entries * 4 * 2 / (24 * limits.multiprocessors)
+    return max(work, longest) + 0.1 * work + partial
+
+
+def _copy_cycles(tile: Tile) -> float:
+    """Return about how many cycles of a multiprocessor the copy of one channel takes."""
+    words = tile.groups * tile.copied[0] * tile.copied[1]
+    return words * (0.35 if tile.width == 1 else 0.5)
+
+
+def _resident(spec: TensorSpec, limits: Limits) -> int:
+    """Return how many blocks of threads share a multiprocessor."""
+    return max(1, min(RESIDENT_WARPS // spec.warps, limits.shared_bytes // spec.shared_bytes))
+
+
+def _output_tile(geometry: Geometry, rect: Pair, groups: int, blocks: int) -> Tile:
+    """Return the tile of dy: all units that a pair of positions reads, at odd pitches."""
+    positions = groups * rect[0] * rect[1]
+    width = _vector(geometry, rect)
+    whole = (rect[0] >= geometry.target[0], rect[1] >= geometry.target[1])
+    return Tile(
+        blocks * FILTERS, groups, rect, rect[1], rect[0] * rect[1], _next(positions + positions % 2, 1, 2),
+        (rect[0], rect[1] // width), whole, width,
+    )  # fmt: skip
 
 
 def _with_channels(spec: TensorSpec, channels: int, limits: Limits) -> list[TensorSpec]:
-    """Return the specification with as many channels in a chunk as fit once, or twice, into shared memory."""
+    """Return the specification with as many channels in a chunk as fit into shared memory once, twice, or 4 times.
+
+    Where the forward pass has all channels in one chunk, one buffer is enough.
+    """
     found = []
-    for resident in (1, 2, 4):
-        units = (limits.shared_bytes // resident - UNIT_BYTES) // UNIT_BYTES
-        most = min(MOST_CHANNELS, channels, units // (2 * spec.input.channel_pitch))
-        if most < 1 or (resident > 1 and resident * spec.warps > RESIDENT_WARPS):
+    for resident, single in product((1, 2, 4), (True, False)):
+        if resident > 1 and resident * spec.warps > RESIDENT_WARPS:
+            continue
+        buffers = 1 if single and spec.function == "forward" else 2
+        fixed = UNIT_BYTES * (1 + buffers * (spec.output.units if spec.output else 0))
+        room = (limits.shared_bytes // resident - fixed) // (UNIT_BYTES * buffers * spec.input.channel_pitch)
+        most = min(channels if single else MOST_CHANNELS, channels, room)
+        if most < 1 or (buffers == 1 and most < channels):
             continue
         even = ceil(channels / ceil(channels / most))
-        made = replace(spec, input=replace(spec.input, channels=even))
+        made = replace(spec, input=replace(spec.input, channels=even), buffers=buffers)
         if made.shared_bytes <= limits.shared_bytes // resident:
             found.append(made)
     return found
@@ -151,9 +289,9 @@ def _warps(limits: Limits) -> list[int]:
     return sorted({min(w, limits.warps) for w in (16, 8, 4)}, reverse=True)
 
 
-def _vector(geometry: Geometry, rect: Pair, tiles: int) -> int:
-    """Return how many neighbouring pixels can be written at once."""
-    return 2 if geometry.target[1] % 2 == rect[1] % 2 == tiles % 2 == 0 else 1
+def _vector(geometry: Geometry, rect: Pair) -> int:
+    """Return how many neighbouring pixels of a rectangle can be read or written at once."""
+    return 2 if geometry.target[1] % 2 == rect[1] % 2 == 0 else 1
 
 
 def _next(least: int, remainder: int, modulus: int) -> int:

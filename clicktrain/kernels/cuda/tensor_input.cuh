@@ -1,0 +1,145 @@
+// The input gradient; see tensor.cuh.
+//
+// For a block of filters and a pattern, the channels that keep the pattern form a product too: dx[pixels, channels] +=
+// b^T[pixels x K] * a[K x channels], K = 16 filters times entries, in the order (filter, entry). Here the pixels are
+// the 16 rows, two positions times 8 images, and 8 channels a tile: tiles of 8 waste less than tiles of 16 where few
+// channels keep a pattern. `load_matrices` gives 16 rows of 16 columns for all tiles of a job, up to COLUMNS of them.
+//
+// Sums of all channels of the block of threads live in shared memory as float32, [channel][image][position]: an
+// addition serves 16 * ENTRIES products. A channel has one pattern in a block of filters, so the jobs of a block of
+// filters touch different channels and warps need no locks; a barrier lies between two blocks of filters. Sums
+// therefore have a fixed order. Their pitches (4 modulo 16 floats an image, 1 modulo 32 a channel) put the lanes of an
+// addition into different banks where four neighbouring channels of a job differ modulo 4.
+//
+// A stride spreads dy out in the tile; the zeros between are multiplied like all else. Positions of one remainder of
+// the stride would need only their own taps: not done.
+
+constexpr int SUM_IMAGE = 4 + (2 * TILES * PARTS > 4 ? (2 * TILES * PARTS + 11) / 16 * 16 : 0);
+constexpr int SUM_CHANNEL = IMAGES * SUM_IMAGE + 1;
+constexpr int JOB_WORDS = 2 + 16 * COLUMNS;  // pattern, tiles, channels (-1: none) and places of their values
+constexpr int DEPTH = FILTERS * ENTRIES;
+
+// Where row k of a product is among the values of a channel.
+__device__ __forceinline__ int place_of_row(int place, int k, int stride) {
+  return place < 0 ? -1 : place + k / ENTRIES * stride + k % ENTRIES;
+}
+
+template <int Columns>
+__device__ __forceinline__ void read_weights(unsigned (&weights)[Columns][2], const Element* values,
+                                             const int (&places)[Columns], int k, int stride) {
+#pragma unroll
+  for (int i = 0; i < 2 * Columns; ++i) {
+    const int place = places[i / 2], row = k + threadIdx.x % 4 * 2 + i % 2 * 8;
+    weights[i / 2][i % 2] =
+        row < DEPTH ? read_pair(values, place_of_row(place, row, stride), place_of_row(place, row + 1, stride)) : 0u;
+  }
+}
+
+// Add a job's products to the sums.
+template <int Columns>
+__device__ __forceinline__ void run_job(const int* job, const int* taps, const Unit* tile, const Element* values,
+                                        int stride, const int (&pixels)[TILES], float* sums) {
+  const int lane = threadIdx.x % 32;
+  const int *channels = job + 2, *tap = taps + lane / 16 * 8 + lane % 8;
+  int places[Columns];
+#pragma unroll
+  for (int column = 0; column < Columns; ++column) places[column] = channels[8 * (COLUMNS + column) + lane / 4];
+  float sum[TILES][Columns][4];
+#pragma unroll
+  for (int i = 0; i < TILES * Columns * 4; ++i) sum[i / (Columns * 4)][i / 4 % Columns][i % 4] = 0.0f;
+
+  unsigned weights[Columns][2], next[Columns][2];
+  read_weights(next, values, places, 0, stride);
+  int offset = tap[0];
+#pragma unroll 1
+  for (int k = 0; k < DEPTH; k += 16) {
+    const Unit* rows = tile + offset;
+#pragma unroll
+    for (int i = 0; i < 2 * Columns; ++i) weights[i / 2][i % 2] = next[i / 2][i % 2];
+    read_weights(next, values, places, k + 16, stride);
+    if (k + 16 < DEPTH) offset = tap[k + 16];
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) {
+      const Packed<unsigned, 4> a = load_matrices<true>(rows + pixels[i]);
+#pragma unroll
+      for (int column = 0; column < Columns; ++column)
+        multiply_accumulate(sum[i][column], a, weights[column][0], weights[column][1], Element{});
+    }
+  }
+#pragma unroll
+  for (int column = 0; column < Columns; ++column)
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int channel = channels[8 * column + lane % 4 * 2 + j];
+      if (channel < 0) continue;
+      float* mine = sums + channel * SUM_CHANNEL + lane / 4 * SUM_IMAGE;
+#pragma unroll
+      for (int i = 0; i < TILES; ++i) {
+        mine[2 * i] += sum[i][column][j];
+        mine[2 * i + 1] += sum[i][column][2 + j];
+      }
+    }
+}
+
+template <int Columns>
+__device__ __forceinline__ void choose_job(int columns, const int* job, const int* taps, const Unit* tile,
+                                           const Element* values, int stride, const int (&pixels)[TILES],
+                                           float* sums) {
+  if (columns == Columns)
+    run_job<Columns>(job, taps, tile, values, stride, pixels, sums);
+  else if constexpr (Columns > 1)
+    choose_job<Columns - 1>(columns, job, taps, tile, values, stride, pixels, sums);
+}
+
+// Round the sums and write them. Neighbouring lanes write neighbouring pixels, then channels.
+__device__ __forceinline__ void store_gradient(const float* sums, Element* dx, View view, int first, int images,
+                                               int channels, int in_h, int in_w) {
+  constexpr int PIXELS = RECT_ROWS * RECT_COLUMNS, WORDS = PIXELS / VECTOR;
+  for (int item = threadIdx.x; item < WORDS * CHANNELS * IMAGES * Input::groups; item += THREADS) {
+    const int pixel = item % WORDS * VECTOR, channel = item / WORDS % CHANNELS;
+    const int image = item / (WORDS * CHANNELS), n = view.image + image;
+    const int row = view.top + pixel / RECT_COLUMNS, column = view.left + pixel % RECT_COLUMNS;
+    if (first + channel >= channels || n >= images || row >= in_h || column >= in_w) continue;
+    const float* from = sums + channel * SUM_CHANNEL + image % IMAGES * SUM_IMAGE + image / IMAGES * PIXELS + pixel;
+    Packed<Element, VECTOR> packed;
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i) from_float(from[i], packed.items[i]);
+    store_packed(dx + ((n * channels + first + channel) * in_h + row) * in_w + column, packed);
+  }
+}
+
+// `taps` has for each pattern the places of the DEPTH rows of a product; `bounds` for each set of channels and block
+// of filters where its jobs start, and where they end.
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+    tensor_input(const Element* dy, const Element* values, Element* dx, const int* taps, const int* jobs,
+                 const int* bounds, const int* strides, int images, int channels, int in_h, int in_w, int filters,
+                 int out_h, int out_w, int rects_h, int rects_w, int sets) {
+  Unit* const tiles = reinterpret_cast<Unit*>(shared_memory());
+  float* const sums = reinterpret_cast<float*>(tiles + 2 * Input::units);
+  const int set = blockIdx.x % sets, rect = blockIdx.x / sets, blocks = filters / FILTERS;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = warp % PARTS;
+  const View to{rect / (rects_w * rects_h) * IMAGES * Input::groups, rect / rects_w % rects_h * RECT_ROWS,
+                rect % rects_w * RECT_COLUMNS, 0, 0};
+  const View from{to.image, to.top - PADDING_ROWS, to.left - PADDING_COLUMNS, 0, 0};
+
+  int pixels[TILES];
+#pragma unroll
+  for (int i = 0; i < TILES; ++i) pixels[i] = place_of(Input{}, (part * TILES + i) * 2 + lane / 8 % 2);
+  clear(tiles, 2 * Input::units);
+  for (int i = threadIdx.x; i < CHANNELS * SUM_CHANNEL; i += THREADS) sums[i] = 0.0f;
+  const int* bound = bounds + set * (blocks + 1);
+  for (int block = -1; block < blocks; ++block) {
+    __syncthreads();
+    if (block + 1 < blocks)
+      copy_tile(Input{}, tiles + (block + 1) % 2 * Input::units, dy, from, (block + 1) * FILTERS, FILTERS, images,
+                filters, out_h, out_w);
+    if (block < 0) continue;
+    for (int number = bound[block] + warp / PARTS; number < bound[block + 1]; number += THREADS / 32 / PARTS) {
+      const int* job = jobs + number * JOB_WORDS;
+      choose_job<COLUMNS>(job[1], job, taps + job[0] * DEPTH, tiles + block % 2 * Input::units, values, strides[block],
+                          pixels, sums + part * TILES * 2);
+    }
+  }
+  __syncthreads();
+  store_gradient(sums, dx, to, set * CHANNELS, images, channels, in_h, in_w);
+}
