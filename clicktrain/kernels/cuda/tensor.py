@@ -18,6 +18,8 @@ from clicktrain.kernels.cuda import tensor_text as text
 from clicktrain.kernels.cuda import tensor_tiling as tiling
 from clicktrain.kernels.cuda.codegen import LANES, Dtype
 from clicktrain.kernels.cuda.launch import Launcher
+from clicktrain.kernels.cuda.tensor_estimate import value_splits
+from clicktrain.kernels.cuda.tensor_geometry import Geometry
 from clicktrain.kernels.cuda.tensor_text import FILTERS, IMAGES, TensorSpec
 from clicktrain.kernels.plan import Plan
 
@@ -52,7 +54,7 @@ class Forward:
         self.text = text.unit(self.spec)
         made = layout.rows(plan, self.spec.input)
         self._program = [_on(a, device) for a in (made.offsets, made.places, made.bounds, made.strides)]
-        self._rects = tiling.Geometry.forward(plan).rects(self.spec.rect)
+        self._rects = Geometry.forward(plan).rects(self.spec.rect)
 
     def run(self, x: Tensor, values: Tensor, shape: tuple[int, ...], epilogue: Epilogue) -> Tensor:
         """Return the outputs, of the given shape."""
@@ -79,8 +81,9 @@ class InputGradient:
         self.spec: TensorSpec = tiling.input_spec(plan, dtype, launcher.limits(device))
         self.text = text.unit(self.spec)
         made = layout.input_jobs(plan, self.spec)
-        self._program = [_on(a, device) for a in (made.taps, made.words, made.bounds, made.strides)]
-        self._rects = tiling.Geometry.transposed(plan).rects(self.spec.rect)
+        self._program = [_on(a, device) for a in (made.taps, made.words, made.bounds, made.kernels, made.strides)]
+        self._kernels = int(made.kernels[..., 1].max())
+        self._rects = Geometry.transposed(plan).rects(self.spec.rect)
 
     def run(self, dy: Tensor, values: Tensor, shape: tuple[int, ...], epilogue: Epilogue) -> Tensor:
         """Return the gradient, of the given shape; there is no epilogue."""
@@ -89,10 +92,10 @@ class InputGradient:
         sets = _parts(channels, spec.channels)
         blocks = sets * self._rects[0] * self._rects[1] * _parts(images, IMAGES * spec.input.groups)
         self.launcher.launch(
-            self.text, "tensor_input", blocks, spec.warps * LANES, spec.shared_bytes,
+            self.text, "tensor_input", blocks, spec.warps * LANES, spec.shared_bytes + spec.weight_bytes(self._kernels),
             (
                 _aligned(dy), _aligned(values), dx, *self._program, images, channels, *in_size, filters, *out_size,
-                *self._rects, sets,
+                *self._rects, sets, self._kernels,
             ),
         )  # fmt: skip
         return dx
@@ -110,8 +113,8 @@ class ValuesGradient:
         jobs, pieces = layout.value_jobs(made.bounds, self.spec)
         self._program = [_on(a, device) for a in (made.offsets, made.places, made.strides, jobs, pieces)]
         self._pieces = len(pieces)
-        self._walks, self._splits = tiling.value_splits(self._pieces, self.spec, plan, limits)
-        self._rects = tiling.Geometry.forward(plan).rects(self.spec.rect)
+        self._walks, self._splits = value_splits(self._pieces, self.spec, plan, limits)
+        self._rects = Geometry.forward(plan).rects(self.spec.rect)
 
     def run(self, x: Tensor, dy: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Return the gradient, of the given shape (kept_kernels, entries)."""

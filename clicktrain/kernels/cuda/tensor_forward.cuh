@@ -51,7 +51,7 @@ __device__ __forceinline__ void sweep(Steps& steps, int k, int end, const Unit* 
 }
 
 // Pitches of the sums of half a block [filter][image][position]: the lanes of a warp write to different banks.
-constexpr int STAGE_IMAGE = 4 + (TILES > 4 ? (TILES + 11) / 16 * 16 : 0), STAGE_FILTER = IMAGES * STAGE_IMAGE + 1;
+constexpr int STAGE_IMAGE = 4 + (TILES + 3) / 8 * 8, STAGE_FILTER = IMAGES * STAGE_IMAGE + 1;
 
 struct Target {
   Element* y;

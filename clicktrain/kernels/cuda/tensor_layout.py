@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
@@ -102,9 +103,11 @@ class Jobs:
     taps : (patterns, 16 * entries) int32
         Places in a tile of dy of the rows (filter, entry) of a product, in units.
     words : (jobs, 2 + 16 * columns) int32
-        Pattern, tiles of 8 channels; channels in the set (-1: none); places of their values for the first filter.
+        Pattern, tiles of 8 channels; channels in the set (-1: none); which of the set's kernels theirs are.
     bounds : (sets of channels, blocks + 1) int32
         Where the jobs of a set and block of filters start, and where they end.
+    kernels : (sets of channels, blocks, 2) int32
+        Place of the values of a set's first kernel in the block's first filter, and kernels of the set in a filter.
     strides : (blocks,) int32
         As in `Rows`.
     """
@@ -112,6 +115,7 @@ class Jobs:
     taps: Words
     words: Words
     bounds: Words
+    kernels: Words
     strides: Words
 
 
@@ -123,28 +127,32 @@ def input_jobs(plan: Plan, spec: TensorSpec) -> Jobs:
     cut = blocks(plan)
     words: list[list[int]] = []
     bounds: list[int] = []
+    kernels: list[int] = []
     for first in range(0, channels, spec.channels):
         for block in cut:
             bounds.append(len(words))
-            words += sorted(_jobs(block, first, spec), key=lambda job: -job[1])
+            start, end = (bisect_left(block.channels, c) for c in (first, first + spec.channels))
+            kernels += ((block.base + start) * entries, end - start)
+            words += sorted(_jobs(block, range(start, end), first, spec), key=lambda job: -job[1])
         bounds.append(len(words))
-    strides = [len(block.channels) * entries for block in cut]
     taps = (rotated + filters).reshape(len(plan.pool), -1)
     made = np.array(words or [[0] * (2 + 16 * spec.columns)], np.int32)
-    return Jobs(taps.astype(np.int32), made, _words(bounds).reshape(-1, len(cut) + 1), _words(strides))
+    return Jobs(
+        taps.astype(np.int32), made, _words(bounds).reshape(-1, len(cut) + 1),
+        _words(kernels).reshape(-1, len(cut), 2), _words([len(block.channels) * entries for block in cut]),
+    )  # fmt: skip
 
 
-def _jobs(block: Block, first: int, spec: TensorSpec) -> list[list[int]]:
-    """Return the jobs of a block of filters for the channels from `first` on."""
+def _jobs(block: Block, kernels: range, first: int, spec: TensorSpec) -> list[list[int]]:
+    """Return the jobs of a block of filters for some of its kernels, in a set of channels from `first` on."""
     by_pattern: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    for j, (channel, pattern) in enumerate(zip(block.channels, block.patterns, strict=True)):
-        if first <= channel < first + spec.channels:
-            by_pattern[pattern].append((channel - first, (block.base + j) * spec.entries))
+    for j in kernels:
+        by_pattern[block.patterns[j]].append((block.channels[j] - first, j - kernels.start))
     most, jobs = 8 * spec.columns, []
-    for pattern, kernels in by_pattern.items():
-        for part in (kernels[start : start + most] for start in range(0, len(kernels), most)):
-            padded = part + [(-1, -1)] * (most - len(part))
-            jobs.append([pattern, -(-len(part) // 8), *(c for c, _ in padded), *(p for _, p in padded)])
+    for pattern, members in by_pattern.items():
+        for part in (members[start : start + most] for start in range(0, len(members), most)):
+            padded = part + [(-1, 0)] * (most - len(part))
+            jobs.append([pattern, -(-len(part) // 8), *(c for c, _ in padded), *(j for _, j in padded)])
     return jobs
 
 

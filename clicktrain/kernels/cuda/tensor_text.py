@@ -82,7 +82,7 @@ class TensorSpec:
     entries : int
         Weights of a kernel.
     blocks : int
-        Blocks of 16 filters that the threads of a block share a tile for; 1 for the input gradient.
+        Blocks of 16 filters that the threads of a block share a tile for; input gradient: whose dy is in a tile.
     parts : int
         Warps that share the same filters and divide the positions.
     tiles : int
@@ -130,18 +130,22 @@ class TensorSpec:
 
     @property
     def image_pitch(self) -> int:
-        """Floats from one image's sums to the next; see the function's .cuh."""
+        """Floats from one image's sums to the next, 4 modulo 8; see the function's .cuh."""
         least = 2 * self.tiles * self.parts if self.function == "grad_input" else self.tiles
-        return 4 + ceil(max(0, least - 4) / 16) * 16
+        return 4 + ceil(max(0, least - 4) / 8) * 8
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory of a block of threads."""
+        """Dynamic shared memory of a block of threads, for the input gradient without the weights."""
         tiles = self.buffers * UNIT_BYTES * (self.input.units + (self.output.units if self.output else 0))
         sums = 4 * (IMAGES * self.image_pitch + 1)  # of a filter or channel
         if self.function == "forward":
             return max(tiles + UNIT_BYTES, self.warps * 8 * sums)
         return tiles + self.channels * sums
+
+    def weight_bytes(self, kernels: int) -> int:
+        """Return the shared memory of the input gradient's weights, for so many kernels of a block of filters."""
+        return self.buffers * self.blocks * kernels * (2 * self.entries + 1) * UNIT_BYTES
 
 
 def render(spec: TensorSpec) -> str:
@@ -166,8 +170,9 @@ def _constants(spec: TensorSpec) -> dict[str, int]:
         "STRIDE_COLUMNS": spec.stride[1], "PADDING_ROWS": spec.padding[0], "PADDING_COLUMNS": spec.padding[1],
     }  # fmt: skip
     if spec.function == "grad_input":
-        return {**constants, "CHANNELS": spec.channels, "COLUMNS": spec.columns, "VECTOR": spec.vector}
+        constants |= {"CHANNELS": spec.channels, "COLUMNS": spec.columns}
+    if spec.function != "grad_values":
+        constants["VECTOR"] = spec.vector
     if spec.function == "forward":
-        constants |= {"VECTOR": spec.vector, "BUFFERS": spec.buffers}
-        constants["BLOCKS"] = spec.blocks
-    return constants
+        constants["BUFFERS"] = spec.buffers
+    return {**constants, "BLOCKS": spec.blocks} if spec.function != "grad_values" else constants

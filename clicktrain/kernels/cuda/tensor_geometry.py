@@ -1,0 +1,89 @@
+"""What a function on tensor cores reads and writes, and the tiles that rectangles of its pixels need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil
+
+from clicktrain.kernels.cuda.codegen import Pair
+from clicktrain.kernels.cuda.tensor_text import IMAGES, Tile
+from clicktrain.kernels.plan import Plan
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a function reads and writes, as a convolution.
+
+    Attributes
+    ----------
+    source, target : (int, int)
+        Size of the images that are read from tiles, and of the positions.
+    stride, spread, padding : (int, int)
+        Position r and tap k meet in tile pixel r * stride + k; tile pixel q shows image pixel (q - padding) / spread.
+    """
+
+    source: Pair
+    target: Pair
+    stride: Pair
+    spread: Pair
+    padding: Pair
+    kernel_size: int
+
+    @classmethod
+    def forward(cls, plan: Plan) -> Geometry:
+        """Return what the forward pass and the gradient of the values do."""
+        return cls(
+            plan.input_shape[2:], plan.output_shape[2:], plan.stride, (1, 1), plan.padding, plan.pool.kernel_size
+        )
+
+    @classmethod
+    def transposed(cls, plan: Plan) -> Geometry:
+        """Return what the input gradient does: dy is spread out by the stride."""
+        last = plan.pool.kernel_size - 1
+        padding = (last - plan.padding[0], last - plan.padding[1])
+        return cls(plan.output_shape[2:], plan.input_shape[2:], (1, 1), plan.stride, padding, last + 1)
+
+    def tile(self, rect: Pair, groups: int, channels: int) -> Tile:
+        """Return the tile that a rectangle of positions reads."""
+        rows, columns = ((r - 1) * s + self.kernel_size for r, s in zip(rect, self.stride, strict=True))
+        whole = (rect[0] >= self.target[0], rect[1] >= self.target[1])
+        width = 2 if self.source[1] % 2 == 0 else 1
+        taken = [
+            image if all_of_it else (size - 1) // spread + (2 if spread > 1 else 1)
+            for image, all_of_it, size, spread in zip(self.source, whole, (rows, columns), self.spread, strict=True)
+        ]
+        words = taken[1] // width + (0 if whole[1] or width == 1 else 1)
+        row_pitch, channel_modulus = self._pitches(columns)
+        group_pitch = rows * row_pitch
+        channel_pitch = following(groups * group_pitch, *channel_modulus)
+        return Tile(
+            channels, groups, (rows, columns), row_pitch, group_pitch, channel_pitch, (taken[0], words), whole, width,
+            self.spread,
+        )  # fmt: skip
+
+    def _pitches(self, columns: int) -> tuple[int, tuple[int, int]]:
+        """Return the row pitch, and (remainder, modulus) of the channel pitch; see tensor.cuh."""
+        if self.kernel_size == 1:
+            return columns, (1, 2)
+        return following(columns, 2, 4), (4, 8)
+
+    def rects(self, rect: Pair) -> Pair:
+        """Return how many rectangles there are vertically and horizontally."""
+        return ceil(self.target[0] / rect[0]), ceil(self.target[1] / rect[1])
+
+    def cuts(self, positions: int, images: int) -> Iterator[tuple[Pair, int]]:
+        """Yield rectangles and groups of images of at most so many positions."""
+        rows, columns = self.target
+        widths = {columns, *(w for w in (32, 16, 8, 4, 2) if w < columns)}
+        for width in sorted(w for w in widths if w <= positions):
+            height = min(rows, positions // width)
+            height = ceil(rows / ceil(rows / height))  # even cuts
+            fits = positions // (width * height) if (height, width) == self.target else 1
+            for groups in sorted({1, min(fits, ceil(images / IMAGES))}):
+                yield (height, width), groups
+
+
+def following(least: int, remainder: int, modulus: int) -> int:
+    """Return the smallest number from `least` on with that remainder."""
+    return least + (remainder - least) % modulus
