@@ -6,7 +6,6 @@ gradient leaves col2im out: both favour the rivals.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property
 from typing import cast
 
@@ -15,14 +14,29 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.suite.workloads import Workload
-from clicktrain import kernels
+from clicktrain import Assignment, kernels
+from clicktrain.kernels import reference
+from clicktrain.kernels.backends import Kernels
 from clicktrain.kernels.cuda import backend
-from clicktrain.timing import Contender
+from clicktrain.timing import Contender, WrongResult, relative_error
 
 aten = torch.ops.aten
 FUNCTIONS = ("forward", "grad_input", "grad_values")
 DENSE = ("cuDNN fp32", "cuDNN tf32", "cuDNN bf16")
 SPARSE = "sparse fp32"
+SHARED = "shared bf16"
+"""The project's kernels where blocks of 16 filters keep the same kernels: another layer, of the same compression."""
+SHARED_FILTERS = 16
+SHARED_TOLERANCE = 1.6e-2
+
+
+def call(module: Kernels, function: str, x: Tensor, values: Tensor, dy: Tensor, plan: kernels.Plan) -> Tensor:
+    """Call a function of a backend with those of the operands that it takes."""
+    if function == "forward":
+        return module.forward(x, values, plan)
+    if function == "grad_input":
+        return module.grad_input(dy, values, plan)
+    return module.grad_values(x, dy, plan)
 
 
 class Case:
@@ -32,10 +46,10 @@ class Case:
         self.workload, self.shape = workload, workload.shape
         self.assignment = workload.assignment()
         x, dy, weight = workload.operands()
-        self.x, self.dy = x.to(device), dy.to(device)
+        self.x, self.dy, self._unmasked = x.to(device), dy.to(device), weight
         self.weight = (weight * self.assignment.mask()).to(device)
         self.values = self.assignment.gather(self.weight.cpu()).contiguous().to(device)
-        self.plan = kernels.plan(self.assignment, None, workload.input_shape, self.shape.stride, self.shape.padding)
+        self.plan = self._planned(self.assignment)
 
     @property
     def flops(self) -> int:
@@ -67,17 +81,35 @@ class Case:
             **self._two_of_four(function),
             SPARSE: self.sparse(function, torch.float32),
             "sparse bf16": self.sparse(function, torch.bfloat16),
+            **self._shared(function),
         }
 
     def sparse(self, function: str, dtype: torch.dtype) -> Contender:
         """Return the project's kernel, NCHW to NCHW."""
         x, dy, values = self.x.to(dtype), self.dy.to(dtype), self.values.to(dtype)
-        run: dict[str, Callable[[], object]] = {
-            "forward": lambda: backend.forward(x, values, self.plan),
-            "grad_input": lambda: backend.grad_input(dy, values, self.plan),
-            "grad_values": lambda: backend.grad_values(x, dy, self.plan),
-        }
-        return Contender(run[function])
+        return Contender(lambda: call(backend, function, x, values, dy, self.plan))
+
+    def _shared(self, function: str) -> dict[str, Contender]:
+        """Return the project's kernel on a layer with shared filters, where it has whole blocks of them.
+
+        Raises
+        ------
+        WrongResult
+            If it does not compute what the reference does: its result is not the other contenders'.
+        """
+        if self.shape.out_channels % SHARED_FILTERS:
+            return {}
+        assignment = self.workload.assignment(share_filters=SHARED_FILTERS)
+        values = assignment.gather(self._unmasked).contiguous().to(self.x).bfloat16()
+        x, dy, made = self.x.bfloat16(), self.dy.bfloat16(), self._planned(assignment)
+        want = call(reference, function, x.float(), values.float(), dy.float(), made)
+        error = relative_error(call(backend, function, x, values, dy, made), want)
+        if not error <= SHARED_TOLERANCE:
+            raise WrongResult(f"{SHARED}: relative error {error:.3g} of {function}, {self.workload.name}")
+        return {SHARED: Contender(lambda: call(backend, function, x, values, dy, made), None)}
+
+    def _planned(self, assignment: Assignment) -> kernels.Plan:
+        return kernels.plan(assignment, None, self.workload.input_shape, self.shape.stride, self.shape.padding)
 
     def _cudnn(self, function: str, name: str) -> Contender:
         narrow = name.endswith("bf16")

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from bench.gpu.rivals import DENSE, FUNCTIONS, SPARSE, Case
+from bench.gpu.rivals import DENSE, FUNCTIONS, SHARED, SPARSE, Case
 from bench.suite.workloads import RESNET18, RESNET50_POINTWISE, VGG13, Workload
 from clicktrain import timing
 
@@ -42,7 +42,7 @@ class Row:
 
     def __str__(self) -> str:
         return f"{self.workload:42}{self.function:12}" + "".join(
-            f"{self.speedups.get(name, math.nan):13.2f}" for name in (*DENSE, "cuSPARSE CSR")
+            f"{self.speedups.get(name, math.nan):13.2f}" for name in (*DENSE, "cuSPARSE CSR", SHARED)
         )
 
 
@@ -90,13 +90,24 @@ def measure_all(rounds: int, seconds: float, limit: int | None = None) -> tuple[
 
 
 def summary(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """Return by "function compression" the geometric means over the layers, and the best layer against float32."""
+    """Return by "function compression" the geometric means over the layers, and the best layer against float32.
+
+    The kernels for shared filters are in there as a rival, and over cuDNN in the same type, where a layer has them.
+    """
     found: dict[str, dict[str, float]] = {}
     for key in dict.fromkeys((row.function, row.compression) for row in rows):
         these = [row for row in rows if (row.function, row.compression) == key]
         names = [name for name in these[0].speedups if all(name in row.speedups for row in these)]
-        means = {n: math.exp(sum(math.log(row.speedups[n]) for row in these) / len(these)) for n in names}
+        means = {n: _mean([row.speedups[n] for row in these]) for n in names}
+        shared = [row.speedups[DENSE[-1]] / row.speedups[SHARED] for row in these if SHARED in row.speedups]
+        if shared:
+            means[f"{SHARED} over {DENSE[-1]}"] = _mean(shared)
         means["best layer, cuDNN fp32"] = max(row.speedups["cuDNN fp32"] for row in these)
         means["worst layer, cuSPARSE CSR"] = min(row.speedups["cuSPARSE CSR"] for row in these)
         found[f"{key[0]} {key[1]:g}x"] = means
     return found
+
+
+def _mean(ratios: Sequence[float]) -> float:
+    """Return the geometric mean."""
+    return math.exp(sum(math.log(ratio) for ratio in ratios) / len(ratios))

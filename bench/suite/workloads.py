@@ -170,15 +170,20 @@ class Workload:
         middle_row[k // 2] = 1
         return clicktrain.PatternPool.from_masks([middle_row.tolist(), middle_row.T.tolist()])
 
-    def assignment(self, seed: int = 0) -> clicktrain.Assignment:
-        """Return random kept kernels with random patterns, as many as the compression leaves (at least one)."""
+    def assignment(self, seed: int = 0, share_filters: int = 1) -> clicktrain.Assignment:
+        """Return random kept kernels with random patterns, as many as the compression leaves (at least one).
+
+        Blocks of `share_filters` neighbouring filters keep the same; it divides the filters.
+        """
         pool, shape = self.pattern_pool(), self.shape
-        kernels = shape.out_channels * shape.in_channels
+        blocks = shape.out_channels // share_filters
+        kernels = blocks * shape.in_channels
         kept = max(1, min(kernels, round(kernels * shape.kernel_size**2 / pool.entries / self.compression)))
         generator = torch.Generator().manual_seed(seed)
         index = torch.randint(0, len(pool), (kernels,), generator=generator, dtype=torch.uint8)
         index[torch.randperm(kernels, generator=generator)[kept:]] = clicktrain.PRUNED
-        return clicktrain.Assignment(index.view(shape.out_channels, shape.in_channels), pool)
+        shared = index.view(blocks, shape.in_channels).repeat_interleave(share_filters, 0)
+        return clicktrain.Assignment(shared, pool)
 
     def operands(self, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Return random x, dy and dense weight, float32 NCHW; the weight is not masked yet."""

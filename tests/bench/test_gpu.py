@@ -13,11 +13,12 @@ import torch
 import clicktrain
 from bench.gpu import __main__ as gpu
 from bench.gpu import checks, table
-from bench.gpu.rivals import DENSE, FUNCTIONS, SPARSE, Case
+from bench.gpu.rivals import DENSE, FUNCTIONS, SHARED, SPARSE, Case
 from bench.gpu.training import METHODS, MaskedDense, train
 from bench.suite.workloads import LayerShape, Workload
 from clicktrain.kernels import backends, reference
 from clicktrain.kernels.cuda import backend, launch
+from clicktrain.kernels.cuda.tiling import Limits
 from clicktrain.timing import WrongResult, relative_error
 from tests.kernels.cuda.configurations import CONFIGURATIONS
 from tests.kernels.cuda.host import HostLauncher, on_host
@@ -52,6 +53,29 @@ def test_every_contender_computes_the_same(function, tmp_path_factory):
     for name, result in results.items():
         assert result.shape == truth.shape, name
         assert relative_error(result, truth) < (1.6e-2 if name.endswith("bf16") else 1e-5), name
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_shared_filters_are_a_contender_checked_by_itself(function, tmp_path_factory, monkeypatch):
+    workload = Workload(LayerShape("test", "5-32x4", 5, 32, (4, 4)), batch=8, compression=3.0)
+    with on_host(HostLauncher(tmp_path_factory.mktemp("units"), Limits(48 << 10, 4, 4))) as launcher:
+        case = Case(workload, "cpu")
+        contender = case._shared(function)[SHARED]
+        assert contender.result is None
+        assert all("tensor_" in text for text in launcher.texts)
+        right = getattr(backend, function)
+        monkeypatch.setattr(backend, function, lambda *operands: right(*operands) * 1.1)
+        with pytest.raises(WrongResult, match=f"shared bf16: relative error 0.* of {function}"):
+            case._shared(function)
+
+
+def test_shared_assignments_keep_as_many_kernels():
+    workload = Workload(LayerShape("test", "9-32x4", 9, 32, (4, 4)), batch=8, compression=4.5)
+    alone, shared = workload.assignment(), workload.assignment(share_filters=16)
+    assert alone.kept_kernels == shared.kept_kernels == 144
+    assert torch.equal(shared.index, shared.index[::16].repeat_interleave(16, 0))
+    assert not torch.equal(alone.index, shared.index)
 
 
 def test_the_checks_compare_and_complain(monkeypatch):
@@ -113,6 +137,20 @@ def test_the_summary_is_geometric_means_over_layers():
     assert found["cuDNN fp32"] == pytest.approx(4.0)
     assert found["best layer, cuDNN fp32"] == 8.0
     assert found["worst layer, cuSPARSE CSR"] == 4.0
+    assert "shared bf16 over cuDNN bf16" not in found
+    rows = [
+        table.Row(
+            f"layer {s}",
+            "forward",
+            8.0,
+            {"cuDNN fp32": 1.0, "cuSPARSE CSR": 1.0, "cuDNN bf16": 1.0, SHARED: s},
+            1.0,
+            1.0,
+            [],
+        )
+        for s in (0.5, 0.125)
+    ]
+    assert table.summary(rows)["forward 8x"]["shared bf16 over cuDNN bf16"] == pytest.approx(4.0)
 
 
 def test_the_table_has_every_layer_and_compression():
