@@ -82,10 +82,15 @@ __device__ __forceinline__ float shuffle_xor(float value, int distance) {
 
 // Tensor cores (compute capability 8.0 and newer). All lanes of a warp call these together.
 
-// Two values of 16 bits that are neighbours in memory; at four bytes.
-template <typename Narrow>
-__device__ __forceinline__ unsigned load_word(const Narrow* from) {
-  return *reinterpret_cast<const unsigned*>(from);
+// Words of two values of 16 bits that are neighbours in memory; aligned as a whole.
+template <int Count, typename Narrow>
+__device__ __forceinline__ Packed<unsigned, Count> load_words(const Narrow* from) {
+  return *reinterpret_cast<const Packed<unsigned, Count>*>(from);
+}
+
+// The lower or upper values of two words.
+__device__ __forceinline__ unsigned join_halves(unsigned first, unsigned second, bool upper) {
+  return __byte_perm(first, second, upper ? 0x7632u : 0x5410u);
 }
 
 // What lanes wrote to shared memory before is seen by the other lanes of their warp.
@@ -119,7 +124,7 @@ __device__ __forceinline__ Packed<unsigned, 4> load_matrices(const Packed<unsign
 __device__ __forceinline__ void multiply_accumulate(float (&sum)[4], const Packed<unsigned, 4>& a, unsigned b0,
                                                     unsigned b1, half16) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile(
+  asm(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
@@ -129,7 +134,7 @@ __device__ __forceinline__ void multiply_accumulate(float (&sum)[4], const Packe
 __device__ __forceinline__ void multiply_accumulate(float (&sum)[4], const Packed<unsigned, 4>& a, unsigned b0,
                                                     unsigned b1, bfloat16) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile(
+  asm(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])

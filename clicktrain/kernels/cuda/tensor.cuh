@@ -35,9 +35,9 @@ template <int Channels, int Groups, int Rows, int Columns, int RowPitch, int Gro
 struct Tile {
   static constexpr int channels = Channels, groups = Groups, rows = Rows, columns = Columns;
   static constexpr int row_pitch = RowPitch, group_pitch = GroupPitch, channel_pitch = ChannelPitch;  // in units
-  static constexpr int copy_rows = CopyRows, copy_columns = CopyColumns;  // rows of the image, words of a row
+  static constexpr int copy_rows = CopyRows, copy_columns = CopyColumns;  // rows of the image, reads of a row
   static constexpr bool whole_rows = WholeRows, whole_columns = WholeColumns;  // every tile holds all of the image
-  static constexpr int width = Width;  // pixels of a word: 2 where rows have an even length
+  static constexpr int width = Width;  // pixels that are read at once: 2 or 4 where it divides rows
   static constexpr int spread_rows = SpreadRows, spread_columns = SpreadColumns;  // tile pixels for one of the image
   static constexpr int units = Channels * ChannelPitch;
 };
@@ -54,24 +54,13 @@ __device__ __forceinline__ int divide_down(int value) {
 
 __device__ __forceinline__ unsigned read_bits(const Element* from) { return from->bits; }
 
+// Neighbouring pixels of an image.
 template <int Width>
-__device__ __forceinline__ unsigned read_pixels(const Element* from) {
-  if constexpr (Width == 2) return load_word(from);
-  return read_bits(from);
-}
-
-// Put the low (or high) halves of the words of eight images together.
-__device__ __forceinline__ Unit low_halves(const unsigned (&words)[IMAGES]) {
-  Unit unit;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) unit.items[i] = (words[2 * i] & 0xffffu) | words[2 * i + 1] << 16;
-  return unit;
-}
-__device__ __forceinline__ Unit high_halves(const unsigned (&words)[IMAGES]) {
-  Unit unit;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) unit.items[i] = words[2 * i] >> 16 | (words[2 * i + 1] & 0xffff0000u);
-  return unit;
+__device__ __forceinline__ Packed<unsigned, (Width + 1) / 2> read_pixels(const Element* from) {
+  if constexpr (Width > 1)
+    return load_words<Width / 2>(from);
+  else
+    return Packed<unsigned, 1>{{read_bits(from)}};
 }
 
 __device__ __forceinline__ void store_unit(Unit* to, const Unit& unit) {
@@ -99,14 +88,27 @@ __device__ __forceinline__ void copy_tile(T, Unit* tile, const Element* from, Vi
     const bool exists = row >= view.first_row && row < height && column >= view.first_column && column < width;
     const Element* source =
         from + (((view.image + group * IMAGES) * channels + first + channel) * height + row) * width + column;
-    unsigned words[IMAGES];
+    Packed<unsigned, (T::width + 1) / 2> words[IMAGES];
 #pragma unroll
-    for (int i = 0; i < IMAGES; ++i) words[i] = exists && i < there ? read_pixels<T::width>(source + i * plane) : 0u;
+    for (int i = 0; i < IMAGES; ++i) {
+      words[i] = {};
+      if (exists && i < there) words[i] = read_pixels<T::width>(source + i * plane);
+    }
     Unit* to = tile + channel * T::channel_pitch + group * T::group_pitch + to_row * T::row_pitch + to_column;
-    if (to_column >= 0 && to_column < T::columns) store_unit(to, low_halves(words));
-    if constexpr (T::width == 2) {
-      const int next = to_column + T::spread_columns;
-      if (next >= 0 && next < T::columns) store_unit(to + T::spread_columns, high_halves(words));
+    // Each lane stores its pixels in an order of its own, so that eight neighbours write to different banks.
+    const int turn = threadIdx.x % 32 * T::width / 8;
+#pragma unroll
+    for (int i = 0; i < T::width; ++i) {
+      const int pixel = (i + turn) % T::width, next = to_column + pixel * T::spread_columns;
+      Unit unit;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const bool second = T::width > 2 && pixel >= 2;
+        const unsigned a = words[2 * j].items[0], b = words[2 * j + 1].items[0];
+        const unsigned c = words[2 * j].items[T::width / 4], d = words[2 * j + 1].items[T::width / 4];
+        unit.items[j] = join_halves(second ? c : a, second ? d : b, pixel % 2);
+      }
+      if (next >= 0 && next < T::columns) store_unit(to + pixel * T::spread_columns, unit);
     }
   }
 }
@@ -122,6 +124,6 @@ __device__ __forceinline__ int place_of(T, int position) {
 
 // Two neighbouring values, the first at an even place where kernels have an even number of entries.
 __device__ __forceinline__ unsigned read_pair(const Element* values, int first, int second) {
-  if constexpr (ENTRIES % 2 == 0) return first >= 0 ? load_word(values + first) : 0u;
+  if constexpr (ENTRIES % 2 == 0) return first >= 0 ? load_words<1>(values + first).items[0] : 0u;
   return (first >= 0 ? read_bits(values + first) : 0u) | (second >= 0 ? read_bits(values + second) : 0u) << 16;
 }

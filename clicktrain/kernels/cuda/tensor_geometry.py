@@ -48,17 +48,17 @@ class Geometry:
         """Return the tile that a rectangle of positions reads."""
         rows, columns = ((r - 1) * s + self.kernel_size for r, s in zip(rect, self.stride, strict=True))
         whole = (rect[0] >= self.target[0], rect[1] >= self.target[1])
-        width = 2 if self.source[1] % 2 == 0 else 1
+        width = read_width(self.source[1], columns if not whole[1] else self.source[1])
         taken = [
             image if all_of_it else (size - 1) // spread + (2 if spread > 1 else 1)
             for image, all_of_it, size, spread in zip(self.source, whole, (rows, columns), self.spread, strict=True)
         ]
-        words = taken[1] // width + (0 if whole[1] or width == 1 else 1)
+        reads = taken[1] // width if whole[1] else (taken[1] + 2 * width - 2) // width  # wherever they start
         row_pitch, channel_modulus = self._pitches(columns)
         group_pitch = rows * row_pitch
         channel_pitch = following(groups * group_pitch, *channel_modulus)
         return Tile(
-            channels, groups, (rows, columns), row_pitch, group_pitch, channel_pitch, (taken[0], words), whole, width,
+            channels, groups, (rows, columns), row_pitch, group_pitch, channel_pitch, (taken[0], reads), whole, width,
             self.spread,
         )  # fmt: skip
 
@@ -82,6 +82,11 @@ class Geometry:
             fits = positions // (width * height) if (height, width) == self.target else 1
             for groups in sorted({1, min(fits, ceil(images / IMAGES))}):
                 yield (height, width), groups
+
+
+def read_width(row: int, wanted: int) -> int:
+    """Return how many pixels are read at once of rows of some length, where so many are wanted of a row."""
+    return next(width for width in (4, 2, 1) if row % width == 0 and (width < 4 or wanted % 4 == 0 or wanted >= 12))
 
 
 def following(least: int, remainder: int, modulus: int) -> int:

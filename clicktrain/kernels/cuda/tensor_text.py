@@ -37,11 +37,11 @@ class Tile:
     row_pitch, group_pitch, channel_pitch : int
         Units from one to the next.
     copied : (int, int)
-        Rows, and words of a row, that a copy takes from the image.
+        Rows, and reads of a row, that a copy takes from the image.
     whole : (bool, bool)
         Whether each tile holds all rows (columns) of the image.
     width : int
-        Pixels of a word of the image.
+        Pixels of the image that are read at once: 1, 2 or 4.
     spread : (int, int)
         Tile pixels for one pixel of the image.
     """

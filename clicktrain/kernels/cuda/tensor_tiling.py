@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 from itertools import product
-from math import ceil
+from math import ceil, gcd
 
 from clicktrain.kernels.cuda.codegen import Dtype, Pair
 from clicktrain.kernels.cuda.tensor_estimate import estimate
-from clicktrain.kernels.cuda.tensor_geometry import Geometry, following
+from clicktrain.kernels.cuda.tensor_geometry import Geometry, following, read_width
 from clicktrain.kernels.cuda.tensor_text import FILTERS, RESIDENT_WARPS, UNIT_BYTES, TensorSpec, Tile
 from clicktrain.kernels.cuda.tiling import Limits
 from clicktrain.kernels.plan import Plan
@@ -130,7 +130,7 @@ def values_candidates(plan: Plan, dtype: Dtype, limits: Limits) -> list[TensorSp
 def _output_tile(geometry: Geometry, rect: Pair, groups: int, blocks: int) -> Tile:
     """Return the tile of dy: all units that a pair of positions reads, at odd pitches."""
     positions = groups * rect[0] * rect[1]
-    width = _vector(geometry, rect)
+    width = read_width(gcd(geometry.target[1], rect[1]), rect[1])
     whole = (rect[0] >= geometry.target[0], rect[1] >= geometry.target[1])
     return Tile(
         blocks * FILTERS, groups, rect, rect[1], rect[0] * rect[1], following(positions + positions % 2, 1, 2),

@@ -41,7 +41,7 @@ class Configuration:
     Attributes
     ----------
     width : int
-        Pixels of a word: widths of x and y are multiples of it.
+        Pixels that are read at once, at most: widths of x and y are multiples of it.
     """
 
     pool: PatternPool
@@ -68,7 +68,7 @@ class Configuration:
 
     def _geometry(self, stride: Pair, spread: Pair, padding: Pair) -> Geometry:
         """Return a geometry of images so large that no rectangle holds all of them."""
-        size = (999, 998 if self.width == 2 else 999)
+        size = (999, {1: 999, 2: 998, 4: 996}[self.width])
         return Geometry(size, size, stride, spread, padding, self.pool.kernel_size)
 
     def _positions(self) -> int:
@@ -81,7 +81,7 @@ class Configuration:
         return TensorSpec(
             "forward", dtype, self.pool.entries, self.warps, self.warps // self.parts, self.parts, tiles + tiles % 2,
             self.rect, self.stride, self.padding, geometry.tile(self.rect, self.groups, self.channels),
-            vector=self.width,
+            vector=min(2, self.width),
         )  # fmt: skip
 
     def input_spec(self, made: Plan, dtype: Dtype, limits: object) -> TensorSpec:
@@ -93,7 +93,7 @@ class Configuration:
             "grad_input", dtype, self.pool.entries, self.warps, self.blocks, self.parts,
             -(-self._positions() // (2 * self.parts)), self.rect, (1, 1), padding,
             geometry.tile(self.rect, self.groups, 16 * self.blocks), channels=2 * self.channels, columns=self.columns,
-            vector=self.width,
+            vector=min(2, self.width),
         )  # fmt: skip
 
     def values_spec(self, made: Plan, dtype: Dtype, limits: object) -> TensorSpec:
@@ -109,10 +109,11 @@ class Configuration:
         """Draw a small convolution of any shape."""
         k, sizes = self.pool.kernel_size, []
         for stride, padding, rect in zip(self.stride, self.padding, self.rect, strict=True):
-            out = int(random.integers(rect, 7))
+            out = int(random.integers(rect, max(7, rect + 1)))
             sizes.append(max(1, (out - 1) * stride + k - 2 * padding + int(random.integers(0, stride))))
         if self.width > 1:  # both directions copy and write words
-            sizes[1] = 2 * int(random.integers(self.rect[1] // 2, 4))
+            least = -(-self.rect[1] // self.width)
+            sizes[1] = self.width * int(random.integers(least, least + 2))
         filters, channels = 16 * int(random.integers(1, 4)), int(random.integers(1, 12))
         density = float(random.choice((0.0, 0.1, 0.3, 0.6, 1.0), p=(0.05, 0.2, 0.3, 0.25, 0.2)))
         return SharedCase(
@@ -129,6 +130,7 @@ CONFIGURATIONS = {
     "squares": Configuration(official_pool(4), rect=(2, 3)),
     "squares, words": Configuration(official_pool(4), rect=(2, 4), width=2, parts=2, columns=2),
     "squares, two groups": Configuration(official_pool(4), rect=(1, 2), groups=2, width=2, warps=4, parts=2),
+    "squares, four pixels at once": Configuration(official_pool(4), rect=(1, 10), width=4, channels=4),
     "squares, stride 2": Configuration(official_pool(4), stride=(2, 2), rect=(2, 2), warps=4, parts=2),
     "single taps, much padding": Configuration(all_patterns(1), padding=(3, 2), rect=(1, 3), channels=5),
     "nine taps, no padding": Configuration(all_patterns(9), padding=(0, 0), rect=(1, 2), channels=2),
@@ -136,6 +138,7 @@ CONFIGURATIONS = {
         PatternPool(tuple(all_patterns(3))[::20]), stride=(1, 2), padding=(1, 0), rect=(3, 1)
     ),
     "pointwise": Configuration(full_pool(1), padding=(0, 0), rect=(2, 2), width=2, channels=7, columns=2),
+    "pointwise, four pixels at once": Configuration(full_pool(1), padding=(0, 0), rect=(1, 4), width=4, channels=7),
     "pointwise, stride 2": Configuration(full_pool(1), padding=(0, 0), stride=(2, 2), rect=(1, 2), channels=6),
     "five by five": Configuration(full_pool(5), padding=(2, 2), rect=(1, 1), channels=2),
 }

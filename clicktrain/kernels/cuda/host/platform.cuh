@@ -317,12 +317,16 @@ float value_of(unsigned word, int place) {
 
 }  // namespace host
 
-template <typename Narrow>
-unsigned load_word(const Narrow* from) {
-  host::check_aligned(from, 4);
-  unsigned word;
-  memcpy(&word, from, 4);
-  return word;
+template <int Count, typename Narrow>
+Packed<unsigned, Count> load_words(const Narrow* from) {
+  host::check_aligned(from, 4 * Count);
+  Packed<unsigned, Count> words;
+  memcpy(&words, from, sizeof words);
+  return words;
+}
+
+inline unsigned join_halves(unsigned first, unsigned second, bool upper) {
+  return upper ? first >> 16 | (second & 0xffff0000) : (first & 0xffff) | second << 16;
 }
 
 inline void warp_barrier() {
