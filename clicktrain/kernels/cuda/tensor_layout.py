@@ -150,10 +150,28 @@ def _jobs(block: Block, kernels: range, first: int, spec: TensorSpec) -> list[li
         by_pattern[block.patterns[j]].append((block.channels[j] - first, j - kernels.start))
     most, jobs = 8 * spec.columns, []
     for pattern, members in by_pattern.items():
-        for part in (members[start : start + most] for start in range(0, len(members), most)):
+        ordered = spread_over_banks(members)
+        for part in (ordered[start : start + most] for start in range(0, len(ordered), most)):
             padded = part + [(-1, 0)] * (most - len(part))
-            jobs.append([pattern, -(-len(part) // 8), *(c for c, _ in padded), *(j for _, j in padded)])
+            # The four lanes of a row add to every second channel of a tile of 8.
+            tiles = [padded[start + i // 2 + i % 2 * 4] for start in range(0, most, 8) for i in range(8)]
+            jobs.append([pattern, -(-len(part) // 8), *(c for c, _ in tiles), *(j for _, j in tiles)])
     return jobs
+
+
+def spread_over_banks(members: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Order (channel, kernel) so that fours of neighbours have channels that differ modulo 4, as far as they can."""
+    waiting: list[list[tuple[int, int]]] = [[], [], [], []]
+    for member in reversed(members):
+        waiting[member[0] % 4].append(member)
+    ordered: list[tuple[int, int]] = []
+    while len(ordered) < len(members):
+        four: list[tuple[int, int]] = []
+        for bank in sorted(waiting, key=len, reverse=True) * 4:  # the fullest again where others are empty
+            if bank and len(four) < 4:
+                four.append(bank.pop())
+        ordered += four
+    return ordered
 
 
 def value_jobs(bounds: Words, spec: TensorSpec) -> tuple[Words, Words]:

@@ -358,6 +358,31 @@ def test_kernels_are_ordered_against_bank_conflicts():
     assert sum(len(set((eight % 8).tolist())) == 8 for eight in eights) > 0.7 * len(eights)
 
 
+def test_channels_are_ordered_against_bank_conflicts():
+    members = [(channel, number) for number, channel in enumerate((0, 1, 4, 5, 8, 10, 13, 15, 16, 20, 21))]
+    ordered = tensor_layout.spread_over_banks(members)
+    assert sorted(ordered) == members
+    assert {channel % 4 for channel, _ in ordered[:4]} == {0, 1, 2, 3}
+    assert [len({channel % 4 for channel, _ in ordered[start : start + 4]}) for start in (4, 8)] == [2, 2]
+
+
+def test_jobs_hold_every_kernel_once():
+    made, spec = CASE.plan(), USED.input_spec(None, "float16", None)
+    jobs = tensor_layout.input_jobs(made, spec)
+    columns = 8 * spec.columns
+    for number, block in enumerate(tensor_layout.blocks(made)):
+        found = []
+        for part, first in enumerate(range(0, 17, spec.channels)):
+            start, kernels = jobs.kernels[part, number]
+            assert start == (block.base + sum(c < first for c in block.channels)) * 4
+            for word in jobs.words[jobs.bounds[part, number] : jobs.bounds[part, number + 1]]:
+                channels, places = word[2 : 2 + columns], word[2 + columns :]
+                found += [(first + c, word[0]) for c in channels if c >= 0]
+                assert 8 * word[1] >= (channels >= 0).sum() > 8 * (word[1] - 1)
+                assert places.max() < kernels
+        assert sorted(found) == list(zip(block.channels, block.patterns, strict=True))
+
+
 GPUS = {"sm_80": Limits(163 << 10, 108), "sm_90": Limits(227 << 10, 132)}
 LAYERS = {
     "64x32": SharedCase(SQUARES, 64, 64, 128, (32, 32), (1, 1), (1, 1), 0.28, 1),
