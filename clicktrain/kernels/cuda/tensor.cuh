@@ -21,7 +21,7 @@
 // kernels of a block so that neighbours fit together where they can; the order of taps within a kernel is kept. For
 // 1x1 kernels pitches of channels are odd. The gradient of the values reads 16 filters at one pixel: odd too.
 //
-// What is zero. Tiles are cleared once, then a copy writes every unit that can ever hold a pixel, zeros included.
+// What is zero. A copy writes every unit that can ever hold a pixel, zeros included; all others are cleared once.
 // Steps of 16 rows that a block cannot fill read a unit of zeros with a weight of zero: with another unit, an infinity
 // there would spread. Images beyond the last are zeros.
 
@@ -69,6 +69,42 @@ __device__ __forceinline__ void store_unit(Unit* to, const Unit& unit) {
 
 __device__ __forceinline__ void clear(Unit* units, int count) {
   for (int i = threadIdx.x; i < count; i += THREADS) store_unit(units + i, Unit{});
+}
+
+// The pixels of a whole image among `length` of a tile: from the first on, up to the last.
+struct Span {
+  int first, last;
+};
+__device__ __forceinline__ constexpr Span span_of(int padding, int pixels, int length) {
+  const int first = padding < 0 ? 0 : padding < length ? padding : length, end = padding + pixels;
+  return Span{first, end < first ? first : end < length ? end : length};
+}
+
+// Clear what no copy writes but products read: the border of whole images, and pixels between spread ones.
+template <typename T>
+__device__ __forceinline__ void clear_border(T, Unit* tile) {
+  constexpr Span rows = T::whole_rows ? span_of(PADDING_ROWS, T::copy_rows, T::rows) : Span{0, T::rows};
+  constexpr Span columns =
+      T::whole_columns ? span_of(PADDING_COLUMNS, T::copy_columns * T::width, T::columns) : Span{0, T::columns};
+  constexpr int ABOVE = T::rows - (rows.last - rows.first), BESIDE = T::columns - (columns.last - columns.first);
+  if constexpr (T::spread_rows * T::spread_columns > 1) {
+    clear(tile, T::units);
+  } else {
+    constexpr int OF_PLANE = ABOVE * T::columns + T::rows * BESIDE;
+    if constexpr (OF_PLANE > 0)
+      for (int item = threadIdx.x; item < T::channels * T::groups * OF_PLANE; item += THREADS) {
+        const int plane = item / OF_PLANE, place = item % OF_PLANE, rest = place - ABOVE * T::columns;
+        const int above = place / T::columns, beside = BESIDE ? rest % (BESIDE ? BESIDE : 1) : 0;
+        int row = above < rows.first ? above : above - rows.first + rows.last, column = place % T::columns;
+        if (rest >= 0) {
+          row = rest / (BESIDE ? BESIDE : 1);
+          column = beside < columns.first ? beside : beside - columns.first + columns.last;
+        }
+        store_unit(tile + plane / T::groups * T::channel_pitch + plane % T::groups * T::group_pitch +
+                       row * T::row_pitch + column,
+                   Unit{});
+      }
+  }
 }
 
 // Copy `count` channels of NCHW images from `first` on. Neighbouring lanes read neighbouring words of an image.

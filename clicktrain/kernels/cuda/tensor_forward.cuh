@@ -135,7 +135,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   read_step(steps, bound[0]);
   read_places(steps, bound[0] + 16);
 
-  clear(tiles, BUFFERS * Input::units + 1);
+  for (int buffer = 0; buffer < BUFFERS; ++buffer) clear_border(Input{}, tiles + buffer * Input::units);
+  clear(zero, 1);
   for (int chunk = -1; chunk < chunks; ++chunk) {
     __syncthreads();
     const int first = (chunk + 1) * Input::channels, left = channels - first;

@@ -132,7 +132,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   int pixels[TILES];
 #pragma unroll
   for (int i = 0; i < TILES; ++i) pixels[i] = place_of(Input{}, (part * TILES + i) * 2 + lane / 8 % 2);
-  clear(tiles, 2 * Input::units);
+  for (int buffer = 0; buffer < 2; ++buffer) clear_border(Input{}, tiles + buffer * Input::units);
   for (int i = threadIdx.x; i < CHANNELS * SUM_CHANNEL; i += THREADS) sums[i] = 0.0f;
   const int *bound = bounds + set * (blocks + 1), *kernel = kernels + set * blocks * 2;
   for (int chunk = -1; chunk * BLOCKS < blocks; ++chunk) {
