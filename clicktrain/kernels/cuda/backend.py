@@ -1,5 +1,7 @@
 """The CUDA backend's three functions, and the deployment forward with a fused epilogue.
 
+Where blocks of 16 filters share channels and patterns, tensor cores serve 16-bit operands; see `tensor.applies`.
+
 Results are the same bits from call to call on one device: sums have a fixed order, there are no atomics.
 """
 
