@@ -90,7 +90,8 @@ def training(options: argparse.Namespace, seconds: float) -> list[dict[str, Any]
 
 def print_report(report: dict[str, Any]) -> None:
     """Print the short table that comes last."""
-    print(f"\n{report['provenance']['gpu']}\nsparse fp32 kernels, times faster (geometric means over layers)")
+    print(f"\n{report['provenance']['gpu']}\nsparse fp32 kernels, times faster (geometric means over layers);")
+    print("the last number: tensor-core kernels for blocks of 16 filters that share their kernels, in the same type")
     for name, means in report["summary"].items():
         print(f"  {name:22}" + "  ".join(f"{rival} {value:.2f}x" for rival, value in means.items()))
     for tool, said in report["sanitizer"].items():

@@ -99,11 +99,11 @@ def summary(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
         these = [row for row in rows if (row.function, row.compression) == key]
         names = [name for name in these[0].speedups if all(name in row.speedups for row in these)]
         means = {n: _mean([row.speedups[n] for row in these]) for n in names}
+        means["best layer, cuDNN fp32"] = max(row.speedups["cuDNN fp32"] for row in these)
+        means["worst layer, cuSPARSE CSR"] = min(row.speedups["cuSPARSE CSR"] for row in these)
         shared = [row.speedups[DENSE[-1]] / row.speedups[SHARED] for row in these if SHARED in row.speedups]
         if shared:
             means[f"{SHARED} over {DENSE[-1]}"] = _mean(shared)
-        means["best layer, cuDNN fp32"] = max(row.speedups["cuDNN fp32"] for row in these)
-        means["worst layer, cuSPARSE CSR"] = min(row.speedups["cuSPARSE CSR"] for row in these)
         found[f"{key[0]} {key[1]:g}x"] = means
     return found
 
