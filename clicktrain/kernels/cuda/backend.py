@@ -8,8 +8,9 @@ Results are the same bits from call to call on one device: sums have a fixed ord
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 from weakref import WeakKeyDictionary
 
@@ -20,19 +21,23 @@ from torch import Tensor
 
 from clicktrain.errors import InvalidArgument
 from clicktrain.kernels.cpu.layer import Layer
-from clicktrain.kernels.cuda import codegen, layout, tiling
+from clicktrain.kernels.cuda import codegen, layout, tiling, tuning
 from clicktrain.kernels.cuda import tensor as tensor_cores
-from clicktrain.kernels.cuda.codegen import LANES, ConvolutionSpec, Dtype, GradientSpec
+from clicktrain.kernels.cuda.codegen import ConvolutionSpec, Dtype, GradientSpec
 from clicktrain.kernels.cuda.launch import CupyLauncher, Launcher, available
+from clicktrain.kernels.cuda.region import LANES, Region, groups
+from clicktrain.kernels.cuda.tuning import choices, use_choices
 from clicktrain.kernels.plan import Plan
 
-__all__ = ["available", "forward", "forward_fused", "grad_input", "grad_values"]
+__all__ = [
+    "available", "choices", "forward", "forward_fused", "grad_input", "grad_values", "tune", "units", "use_choices",
+]  # fmt: skip
 
 DTYPES: dict[torch.dtype, Dtype] = {
     torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16",
 }  # fmt: skip
 INDEX_LIMIT = 2**31 - 1
-SIMPLE_THREADS = 256  # of `arrange` and `finish`
+FINISH_THREADS = 256
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,9 @@ class Epilogue:
     relu: bool = False
 
 
+NO_EPILOGUE = Epilogue()
+
+
 def forward(x: Tensor, values: Tensor, plan: Plan) -> Tensor:
     """Convolve x (N, C_in, H, W) with values (kept_kernels, entries); returns (N, C_out, H_out, W_out).
 
@@ -63,20 +71,21 @@ def forward(x: Tensor, values: Tensor, plan: Plan) -> Tensor:
     InvalidArgument
         If an operand is not a CUDA tensor of the plan's shape in float32, float16 or bfloat16, or too large.
     """
-    return forward_fused(x, values, plan, Epilogue())
+    return forward_fused(x, values, plan, NO_EPILOGUE)
 
 
 def forward_fused(x: Tensor, values: Tensor, plan: Plan, epilogue: Epilogue) -> Tensor:
     """As `forward`, with an epilogue on the sums in float32; for inference, not differentiable."""
     x, values = _operands(("x", x, plan.input_shape), ("values", values, plan.values_shape))
-    _check_epilogue(epilogue, x, plan)
+    if epilogue is not NO_EPILOGUE:
+        _check_epilogue(epilogue, x, plan)
     return _runtime(plan, x).forward.run(x, values, plan.output_shape, epilogue)
 
 
 def grad_input(dy: Tensor, values: Tensor, plan: Plan) -> Tensor:
     """Return the gradient (N, C_in, H, W) of the input for dy (N, C_out, H_out, W_out); raises as `forward`."""
     dy, values = _operands(("dy", dy, plan.output_shape), ("values", values, plan.values_shape))
-    return _runtime(plan, dy).grad_input.run(dy, values, plan.input_shape, Epilogue())
+    return _runtime(plan, dy).grad_input.run(dy, values, plan.input_shape, NO_EPILOGUE)
 
 
 def grad_values(x: Tensor, dy: Tensor, plan: Plan) -> Tensor:
@@ -94,39 +103,36 @@ launcher: Launcher = CupyLauncher()
 class Convolution:
     """A convolution pass on one device, ready to run."""
 
-    def __init__(self, layer: Layer, images: int, dtype: Dtype, device: torch.device) -> None:
+    def __init__(
+        self, layer: Layer, images: int, dtype: Dtype, device: torch.device, spec: ConvolutionSpec | None = None
+    ) -> None:
         self.layer, self.images = layer, images
-        self.spec: ConvolutionSpec = tiling.convolution_spec(layer, images, dtype, launcher.limits(device))
+        self.spec = spec or tuning.convolution_spec(layer, images, dtype, launcher.limits(device))
         self.text = codegen.unit(self.spec)
         made = layout.program(layer, self.spec)
         self._words, self._bounds = _on(made.words, device), _on(made.bounds, device)
+        self._channels = _on(made.channels, device)
         self._gather, self._filter_of_slot = _on(made.gather, device), _on(made.filter_of_slot, device)
         self._weight_words, self._program_words = -(-made.most_weights // 4) * 4, made.most_words
         self._shared = tiling.shared_bytes(self.spec, self._weight_words, self._program_words)
         self._chunks = -(-layer.channels // self.spec.channels)
         self._filter_blocks = len(made.filter_of_slot) // self.spec.filters
-        patches = tiling.patch_count(images, self.spec.images, layer.out_size, self.spec.tile)
-        self._groups = -(-patches // LANES)
+        self._regions = tiling.region_count(self.spec, layer, images)
+        self._grid = _grid(layer, self.spec.tile, self.spec.region)
 
     def run(self, x: Tensor, values: Tensor, shape: tuple[int, ...], epilogue: Epilogue) -> Tensor:
         """Return the outputs, of the given shape."""
         y = torch.empty(shape, dtype=x.dtype, device=x.device)
         if not y.numel():
             return y
-        weights = torch.empty(max(1, len(self._gather)), dtype=torch.float32, device=x.device)
-        if len(self._gather):
-            blocks = -(-len(self._gather) // SIMPLE_THREADS)
-            arguments = (values, self._gather, weights, len(self._gather))
-            launcher.launch(self.text, "arrange", blocks, SIMPLE_THREADS, 0, arguments)
         layer, spec = self.layer, self.spec
-        tiles = tuple(-(-size // tile) for size, tile in zip(layer.out_size, spec.tile, strict=True))
         launcher.launch(
-            self.text, "convolve", self._groups * self._filter_blocks, spec.warps * LANES, self._shared,
+            self.text, "convolve", self._regions * self._filter_blocks, spec.warps * LANES, self._shared,
             (
-                x, weights, y, self._words, self._bounds, self._filter_of_slot,
+                x, values, y, self._words, self._gather, self._bounds, self._channels, self._filter_of_slot,
                 epilogue.scale, epilogue.shift, epilogue.residual, int(epilogue.relu), self.images, layer.channels,
-                *layer.in_size, layer.filters, *layer.out_size, *tiles, self._chunks, self._filter_blocks,
-                self._weight_words, self._program_words,
+                *layer.in_size, layer.filters, *layer.out_size, *self._grid, self._chunks,
+                self._filter_blocks, self._weight_words, self._program_words,
             ),
         )  # fmt: skip
         return y
@@ -135,10 +141,12 @@ class Convolution:
 class Gradient:
     """The gradient of the values on one device, ready to run."""
 
-    def __init__(self, layer: Layer, images: int, dtype: Dtype, device: torch.device) -> None:
+    def __init__(
+        self, layer: Layer, images: int, dtype: Dtype, device: torch.device, spec: GradientSpec | None = None
+    ) -> None:
         self.layer, self.images = layer, images
         limits = launcher.limits(device)
-        self.spec: GradientSpec = tiling.gradient_spec(layer, images, dtype, limits)
+        self.spec = spec or tuning.gradient_spec(layer, images, dtype, limits)
         self.text = codegen.unit(self.spec)
         made = layout.tasks(layer, self.spec)
         self._tasks, self._pieces, self._piece_count = (
@@ -146,27 +154,34 @@ class Gradient:
             _on(made.pieces, device),
             len(made.pieces),
         )
-        patches = tiling.patch_count(images, self.spec.images, layer.out_size, self.spec.tile)
-        self._groups = -(-patches // LANES)
-        self._splits = tiling.splits(self._piece_count, self._groups, limits)
+        patches = -(-images // self.spec.images)
+        self._regions = groups(self.spec.x.lanes, tiling.tile_count(layer.out_size, self.spec.tile), patches)
+        self._grid = _grid(layer, self.spec.tile, self.spec.x)
+        self._splits = tiling.splits(self._piece_count, self._regions, self.spec.resident, limits)
 
     def run(self, x: Tensor, dy: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Return the gradient, of the given shape (kept_kernels, entries)."""
         layer, spec, count = self.layer, self.spec, shape[0] * shape[1]
         partial = torch.empty(self._splits * count, dtype=torch.float32, device=x.device)
         dvalues = torch.empty(shape, dtype=x.dtype, device=x.device)
-        tiles = tuple(-(-size // tile) for size, tile in zip(layer.out_size, spec.tile, strict=True))
         launcher.launch(
             self.text, "gradient", self._piece_count * self._splits, spec.warps * LANES,
             tiling.gradient_shared_bytes(spec),
             (
                 x, dy, partial, self._tasks, self._pieces, self.images, layer.channels, *layer.in_size, layer.filters,
-                *layer.out_size, *tiles, self._groups, self._piece_count, self._splits, shape[0],
+                *layer.out_size, *self._grid, self._regions, self._piece_count,
+                self._splits, shape[0],
             ),
         )  # fmt: skip
         arguments = (partial, dvalues, count, self._splits)
-        launcher.launch(self.text, "finish", -(-count // SIMPLE_THREADS), SIMPLE_THREADS, 0, arguments)
+        launcher.launch(self.text, "finish", -(-count // FINISH_THREADS), FINISH_THREADS, 0, arguments)
         return dvalues
+
+
+def _grid(layer: Layer, tile: tuple[int, int], region: Region) -> tuple[int, int]:
+    """Return how many regions lie along the rows and columns of an image."""
+    rows, columns = tiling.tile_count(layer.out_size, tile)
+    return -(-rows // region.lanes[1]), -(-columns // region.lanes[2])
 
 
 class Runtime:
@@ -203,17 +218,59 @@ _runtimes: WeakKeyDictionary[Plan, dict[tuple[Dtype, torch.device], Runtime]] = 
 
 
 def _runtime(plan: Plan, operand: Tensor) -> Runtime:
-    _check_size(plan)
     known = _runtimes.setdefault(plan, {})
     key = (DTYPES[operand.dtype], operand.device)
     if key not in known:
+        _check_size(plan)
         known[key] = Runtime(plan, *key)
     return known[key]
 
 
 def forget() -> None:
-    """Lay out all passes anew on their next use."""
+    """Lay out all passes anew on their next use, as estimated."""
     _runtimes.clear()
+    tuning.forget()
+
+
+def tune(made: Plan, dtype: torch.dtype = torch.float32) -> None:
+    """Measure on the current device in which way each pass of a plan is fastest, and do it that way from now on.
+
+    The result is kept on disk. Compiling takes seconds for each pass that was not measured before; `units` and
+    `launch.compile_ahead` do it for many plans at once.
+    """
+    device = torch.device("cuda", torch.cuda.current_device())
+    if tensor_cores.applies(made, DTYPES[dtype], device):
+        return  # they have one way
+    shapes = made.input_shape, made.values_shape, made.output_shape
+    x, values, dy = (torch.randn(shape, device=device).to(dtype) for shape in shapes)
+    layers = Layer.forward(made), Layer.transposed(made)
+    context = made.input_shape[0], DTYPES[dtype], launcher.limits(device)
+
+    def convolution(layer: Layer, operand: Tensor, shape: tuple[int, ...]) -> None:
+        def run(spec: ConvolutionSpec) -> Callable[[], object]:
+            return partial(Convolution(layer, *context[:2], device, spec).run, operand, values, shape, NO_EPILOGUE)
+
+        tuning.tune(ConvolutionSpec, layer, *context, tuning.likely, run)
+
+    convolution(layers[0], x, made.output_shape)
+    convolution(layers[1], dy, made.input_shape)
+    tuning.tune(
+        GradientSpec, layers[0], *context, tiling.gradient_candidates,
+        lambda spec: partial(Gradient(layers[0], *context[:2], device, spec).run, x, dy, made.values_shape),
+    )  # fmt: skip
+    _runtimes.pop(made, None)
+
+
+def units(made: Plan, dtype: torch.dtype = torch.float32, candidates: int | None = None) -> list[str]:
+    """Return the texts among which `tune` chooses, to be compiled ahead; or so many of each pass, the likeliest."""
+    name, images, device = DTYPES[dtype], made.input_shape[0], torch.device("cuda", torch.cuda.current_device())
+    limits = launcher.limits(device)
+    if tensor_cores.applies(made, name, device):
+        return tensor_cores.units(made, name, limits)
+    layers = Layer.forward(made), Layer.transposed(made)
+    convolutions = [spec for layer in layers for spec in tuning.likely(layer, images, name, limits)[:candidates]]
+    gradients = tiling.gradient_candidates(layers[0], images, name, limits)[:candidates]
+    return [codegen.unit(spec) for spec in convolutions] + [codegen.unit(spec) for spec in gradients]
 
 
 def _on(array: NDArray[np.int32], device: torch.device) -> Tensor:

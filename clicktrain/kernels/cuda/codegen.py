@@ -6,14 +6,16 @@ once for all the taps that use it, and taps that would read padding are left out
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Literal
 
+from clicktrain.kernels.cuda.region import LANES, Region
+
 DIRECTORY = Path(__file__).parent
-LANES = 32
 ELEMENTS = {"float32": "float", "float16": "half16", "bfloat16": "bfloat16"}
 
 Pair = tuple[int, int]
@@ -37,18 +39,22 @@ class ConvolutionSpec:
         Filters of a warp.
     sets : tuple of tuple of int
         Slots that can share a kernel's window; every single slot is among them.
-    images : int
-        Images of a patch.
     tile : (int, int)
         Rows and columns of output pixels of a patch.
-    window, origin, exists : pairs
-        Rows and columns of its window; see above; first and last + 1 row and column that is not always padding.
-    step, start : (int, int)
-        Input pixels from one patch to the next, and where the first window starts.
+    region : Region
+        The patches of the lanes, and their windows.
+    origin, exists : pairs
+        See above; first and last + 1 row and column of a window that is not always padding.
+    start : (int, int)
+        Input pixel where the first window starts.
     channels : int
         Input channels in a chunk.
+    resident : int
+        Blocks that a multiprocessor has registers and shared memory for.
     vector : int
         Columns that are written at once.
+    plane : int
+        Pixels of a channel of the input, where the code is for this size only; 0: told at launch.
     """
 
     dtype: Dtype
@@ -57,17 +63,17 @@ class ConvolutionSpec:
     warps: int
     slots: int
     sets: tuple[tuple[int, ...], ...]
-    images: int
     tile: Pair
-    window: Pair
+    region: Region
     origin: Pair
     exists: tuple[Pair, Pair]
     stride: Pair
     spread: Pair
-    step: Pair
     start: Pair
     channels: int
+    resident: int
     vector: int
+    plane: int = 0
 
     @property
     def entries(self) -> int:
@@ -75,14 +81,9 @@ class ConvolutionSpec:
         return len(self.patterns[0])
 
     @property
-    def window_pixels(self) -> int:
-        """Pixels of a window, all images."""
-        return self.images * self.window[0] * self.window[1]
-
-    @property
-    def window_floats(self) -> int:
-        """Floats of shared memory that a channel's windows take."""
-        return self.window_pixels * pitch(self.warps)
+    def images(self) -> int:
+        """Images of a patch."""
+        return self.region.images
 
     @property
     def filters(self) -> int:
@@ -108,12 +109,20 @@ class GradientSpec:
     ----------
     tasks : int
         Tasks of a warp.
-    task_filters : int
-        Kernels of a task: they have a channel and a pattern in common.
-    filters, channels : int
-        Filters and channels that a block has in shared memory.
+    task_kernels : int
+        Kernels of a task: they have a channel in common.
+    tile : (int, int)
+        Rows and columns of a patch; they divide the output's.
+    x, dy : Region
+        The windows of x and the patches of dy; the grid of lanes divides that of the patches of an image.
     start : (int, int)
         Input pixel where the window of the first patch starts.
+    filters, channels : int
+        Filters and channels that a block has in shared memory.
+    resident : int
+        Blocks that a multiprocessor has registers and shared memory for.
+    planes : (int, int)
+        Pixels of a channel of x and of dy, where the code is for this size only; 0: told at launch.
     """
 
     dtype: Dtype
@@ -121,13 +130,15 @@ class GradientSpec:
     patterns: tuple[tuple[int, ...], ...]
     warps: int
     tasks: int
-    task_filters: int
-    images: int
+    task_kernels: int
     tile: Pair
-    stride: Pair
+    x: Region
+    dy: Region
     start: Pair
     filters: int
     channels: int
+    resident: int
+    planes: Pair = (0, 0)
 
     @property
     def entries(self) -> int:
@@ -135,33 +146,19 @@ class GradientSpec:
         return len(self.patterns[0])
 
     @property
-    def window(self) -> Pair:
-        """Rows and columns of x that a patch needs."""
-        rows, columns = ((t - 1) * s + self.kernel_size for t, s in zip(self.tile, self.stride, strict=True))
-        return rows, columns
+    def images(self) -> int:
+        """Images of a patch."""
+        return self.x.images
 
-    @property
-    def window_floats(self) -> int:
-        """Floats of shared memory that a channel's windows take."""
-        return self.images * self.window[0] * self.window[1] * pitch(self.warps)
-
-    @property
-    def patch_floats(self) -> int:
-        """Floats of shared memory that a filter's patches take."""
-        return self.images * self.tile[0] * self.tile[1] * pitch(self.warps)
+    def reads(self, tap: Pair, row: int, column: int) -> Pair:
+        """Return the window pixel that meets an output pixel at a tap."""
+        (down, right), (step_rows, step_columns) = tap, self.x.step
+        return row * step_rows // self.tile[0] + down, column * step_columns // self.tile[1] + right
 
     @property
     def task_words(self) -> int:
         """Integers that describe a task."""
-        return 2 + 2 * self.task_filters
-
-
-def pitch(warps: int) -> int:
-    """Return the floats from one pixel to the next in shared memory.
-
-    Where the threads of a warp copy `warps` neighbouring pixels of 32 / `warps` lanes, all 32 land in different banks.
-    """
-    return LANES + LANES // warps if warps in (8, 16) else LANES + 1
+        return 1 + 3 * self.task_kernels
 
 
 def render(spec: ConvolutionSpec | GradientSpec) -> str:
@@ -183,6 +180,13 @@ def _source(name: str) -> str:
     return (DIRECTORY / name).read_text()
 
 
+@cache
+def sources() -> str:
+    """Return a digest of everything that is written by hand."""
+    names = ("platform.cuh", "convolution.cuh", "gradient.cuh")
+    return hashlib.sha256("".join(map(_source, names)).encode()).hexdigest()
+
+
 def _constants(values: dict[str, int], dtype: Dtype) -> str:
     lines = [f"using Element = {ELEMENTS[dtype]};"]
     return "\n".join([*lines, *(f"constexpr int {name} = {value};" for name, value in values.items()), ""])
@@ -190,24 +194,27 @@ def _constants(values: dict[str, int], dtype: Dtype) -> str:
 
 def _convolution_constants(spec: ConvolutionSpec) -> dict[str, int]:
     return {
-        "WARPS": spec.warps, "THREADS": spec.warps * LANES, "MIN_BLOCKS": max(1, 16 // spec.warps),
-        "SLOTS": spec.slots, "IMAGES": spec.images, "TILE_ROWS": spec.tile[0], "TILE_COLUMNS": spec.tile[1],
-        "SUMS": spec.slots * spec.images * spec.tile[0] * spec.tile[1],
-        "WINDOW_ROWS": spec.window[0], "WINDOW_COLUMNS": spec.window[1], "WINDOW": spec.window_pixels,
-        "PITCH": pitch(spec.warps), "STEP_ROWS": spec.step[0], "STEP_COLUMNS": spec.step[1],
-        "START_ROW": spec.start[0], "START_COLUMN": spec.start[1], "CHANNELS": spec.channels, "VECTOR": spec.vector,
+        "WARPS": spec.warps, "THREADS": spec.warps * LANES, "RESIDENT": spec.resident, "SLOTS": spec.slots,
+        "IMAGES": spec.images, "TILE_ROWS": spec.tile[0], "TILE_COLUMNS": spec.tile[1],
+        "SUMS": spec.slots * spec.images * spec.tile[0] * spec.tile[1], "START_ROW": spec.start[0],
+        "START_COLUMN": spec.start[1], "CHANNELS": spec.channels, "CHANNEL_WORDS": spec.region.words,
+        "VECTOR": spec.vector, "PLANE": spec.plane, **spec.region.constants(),
     }  # fmt: skip
 
 
+_OF_DY = ("REGION_ROWS", "REGION_COLUMNS", "ROW_PITCH", "SKEW", "IMAGE_PITCH")
+"""What of the region of dy differs from that of x."""
+
+
 def _gradient_constants(spec: GradientSpec) -> dict[str, int]:
-    images, (rows, columns), (window_rows, window_columns) = spec.images, spec.tile, spec.window
     return {
-        "WARPS": spec.warps, "THREADS": spec.warps * LANES, "TASKS": spec.tasks, "TASK_FILTERS": spec.task_filters,
-        "ENTRIES": spec.entries, "IMAGES": images, "TILE_ROWS": rows, "TILE_COLUMNS": columns,
-        "PATCH": images * rows * columns, "WINDOW_ROWS": window_rows, "WINDOW_COLUMNS": window_columns,
-        "WINDOW": images * window_rows * window_columns, "PITCH": pitch(spec.warps),
-        "STRIDE_ROWS": spec.stride[0], "STRIDE_COLUMNS": spec.stride[1], "START_ROW": spec.start[0],
-        "START_COLUMN": spec.start[1], "FILTERS": spec.filters, "CHANNELS": spec.channels,
+        "WARPS": spec.warps, "THREADS": spec.warps * LANES, "RESIDENT": spec.resident, "TASKS": spec.tasks,
+        "TASK_KERNELS": spec.task_kernels, "ENTRIES": spec.entries, "IMAGES": spec.images, "TILE_ROWS": spec.tile[0],
+        "TILE_COLUMNS": spec.tile[1], "START_ROW": spec.start[0], "START_COLUMN": spec.start[1],
+        "FILTERS": spec.filters, "CHANNELS": spec.channels, "CHANNEL_WORDS": spec.x.words,
+        "FILTER_WORDS": spec.dy.words, "PLANE": spec.planes[0],
+        "DY_PLANE": spec.planes[1], "DY_VECTOR": spec.dy.vector, **spec.x.constants(),
+        **{f"DY_{name}": value for name, value in spec.dy.constants().items() if name in _OF_DY},
     }  # fmt: skip
 
 
@@ -215,10 +222,12 @@ def _sweep(spec: ConvolutionSpec) -> list[str]:
     """Return the function that walks through a warp's program: runs of one pattern and one set of slots."""
     kinds = product(spec.patterns, spec.sets)
     return [
-        "__device__ __forceinline__ void sweep(const float* lane_tile, const int* program, const float* weight,",
+        "__device__ __forceinline__ void sweep(const float* corner, const int* program, const float* weight,",
         "                                      float (&sum)[SUMS]) {",
-        "  for (int run; (run = *program++) >= 0;) {",
+        "  // The place of a window is read one window ahead; what follows the last of a run is the next run.",
+        "  for (int place, run = *program++; run >= 0; run = place) {",
         "    int count = run >> 16;",
+        "    place = *program++;",
         "    switch (run & 0xffff) {",
         *(line for kind, (pattern, slots) in enumerate(kinds) for line in _run(kind, pattern, slots, spec)),
         "    }",
@@ -242,15 +251,15 @@ def _run(kind: int, pattern: tuple[int, ...], slots: tuple[int, ...], spec: Conv
         word, item = divmod(number * entries + entry, packing)
         uses.setdefault((image, *place), []).append(f"sum[{target}] += w{word}.items[{item}] * v;")
     words = len(slots) * entries // packing
-    pixels = pitch(spec.warps)
     return [
         f"      case {kind}:",
         "        do {",
-        "          const float* window = lane_tile + *program++;",
+        "          const float* window = corner + place;",
+        "          place = *program++;",
         *(f"          const Packed<float, {packing}> w{i} = load_packed<{packing}>(weight + {i * packing});"
           for i in range(words)),
         f"          weight += {len(slots) * entries};",
-        *(f"          {{ const float v = window[{((image * spec.window[0] + i) * spec.window[1] + j) * pixels}]; "
+        *(f"          {{ const float v = window[{spec.region.offset(image, i, j)}]; "
           f"{' '.join(additions)} }}" for (image, i, j), additions in sorted(uses.items())),
         "        } while (--count);",
         "        break;",
@@ -258,44 +267,43 @@ def _run(kind: int, pattern: tuple[int, ...], slots: tuple[int, ...], spec: Conv
 
 
 def _accumulate(spec: GradientSpec) -> list[str]:
-    """Return the function that adds a patch's products to the sums of a task."""
+    """Return the function that adds a patch's products to the sums of a task.
+
+    The window of the task's channel is held in registers, by names, for all kernels of the task.
+    """
+    taps = sorted({divmod(tap, spec.kernel_size) for pattern in spec.patterns for tap in pattern})
+    rows, columns = spec.tile
+    used = sorted({spec.reads(tap, row, column) for tap in taps for row in range(rows) for column in range(columns)})
     return [
-        "__device__ __forceinline__ void accumulate(int pattern, const float* x, const float* dy, const int* patches,",
-        "                                           float (&sum)[TASK_FILTERS * ENTRIES]) {",
-        *(f"  const float* dy{k} = dy + patches[{k}];" for k in range(spec.task_filters)),
-        "  switch (pattern) {",
-        *(line for number, pattern in enumerate(spec.patterns) for line in _products(number, pattern, spec)),
+        "__device__ __forceinline__ void accumulate(const int* task, const float* x, const float* dy,",
+        "                                           float (&sum)[TASK_KERNELS * ENTRIES]) {",
+        "  if (task[0] < 0) return;",
+        "  x += task[0];",
+        "  constexpr int X_STEP = LANE_IMAGES * IMAGE_PITCH, DY_STEP = LANE_IMAGES * DY_IMAGE_PITCH;",
+        "  for (int image = 0; image < IMAGES; ++image, x += X_STEP, dy += DY_STEP) {",
+        *(f"    const float x{r}_{c} = x[{spec.x.offset(0, r, c)}];" for r, c in used),
+        *(line for kernel in range(spec.task_kernels) for line in _products(kernel, spec)),
         "  }",
         "}",
         "",
     ]
 
 
-def _products(number: int, pattern: tuple[int, ...], spec: GradientSpec) -> list[str]:
-    """Return the products of one pattern: window pixels by name, each loaded once, row by row of the patch."""
-    pixels, (window_rows, window_columns) = pitch(spec.warps), spec.window
-    lines, known = [], set()
-    for row in range(spec.tile[0]):
-        taps = [divmod(tap, spec.kernel_size) for tap in pattern]
-        for column, (i, j) in product(range(spec.tile[1]), taps):
-            r, c = row * spec.stride[0] + i, column * spec.stride[1] + j
-            if (r, c) not in known:
-                known.add((r, c))
-                lines.append(f"        const float x{r}_{c} = x[{(r * window_columns + c) * pixels}];")
-        for k, column in product(range(spec.task_filters), range(spec.tile[1])):
-            additions = " ".join(
-                f"sum[{k * spec.entries + e}] += d * x{row * spec.stride[0] + i}_{column * spec.stride[1] + j};"
-                for e, (i, j) in enumerate(taps)
-            )
-            offset = (row * spec.tile[1] + column) * pixels
-            lines.append(f"        {{ const float d = dy{k}[{offset}]; {additions} }}")
-    advance = spec.tile[0] * spec.tile[1] * pixels
-    return [
-        f"    case {number}:",
-        "      for (int image = 0; image < IMAGES; ++image) {",
-        *lines,
-        f"        x += {window_rows * window_columns * pixels};",
-        *(f"        dy{k} += {advance};" for k in range(spec.task_filters)),
-        "      }",
-        "      break;",
+def _products(kernel: int, spec: GradientSpec) -> list[str]:
+    """Return the products of one kernel of a task, whatever its pattern."""
+    lines = [
+        "    {",
+        f"      const float* d = dy + task[{2 + 3 * kernel}];",
+        f"      switch (task[{1 + 3 * kernel}]) {{",
     ]
+    for number, pattern in enumerate(spec.patterns):
+        lines.append(f"        case {number}:")
+        for row, column in product(range(spec.tile[0]), range(0, spec.tile[1], spec.dy.vector)):
+            additions = []
+            for i, (entry, tap) in product(range(spec.dy.vector), enumerate(pattern)):
+                r, c = spec.reads(divmod(tap, spec.kernel_size), row, column + i)
+                additions.append(f"sum[{kernel * spec.entries + entry}] += v.items[{i}] * x{r}_{c};")
+            load = f"load_packed<{spec.dy.vector}>(d + {spec.dy.offset(0, row, column)})"
+            lines.append(f"          {{ const Packed<float, {spec.dy.vector}> v = {load}; {' '.join(additions)} }}")
+        lines.append("          break;")
+    return [*lines, "      }", "    }"]

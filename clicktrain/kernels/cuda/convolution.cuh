@@ -14,56 +14,59 @@
 //   stride 2, 4 x 4    64   64+2    (64+66+5)/4 = 34    66                        24 %   (no two taps share a value)
 //
 // Registers: 64 sums (two filters of 8 x 4), two rows of inputs, 8 weights and addresses fit into 128, which lets 16
-// warps live on a multiprocessor: a block of 32 filters whose input windows are shared.
+// warps live on a multiprocessor; one filter in a warp fits into 64, which lets 32 live, and needs half of the code.
+// Straight-line code of many patterns competes for the instruction cache, so fewer sums can be faster.
 //
-// Second-level cache: a channel's windows of 32 lanes are 60 x 32 floats = 7.7 KB for 32 filters; at 8x compression
-// 28 % of the kernels are left, 9 kernels x 128 FMA x 32 lanes x 2 = 74 kFLOP, that is 9.6 FLOP a byte.
-//
-// Memory: lanes are patches (of whatever image), and a window is stored as [channel][pixel][lane]: a load of a warp
-// touches 32 consecutive floats (no bank conflict), its address is a constant relative to the channel, and stride,
-// padding and image edges are dealt with where windows are copied. The pitch between pixels spreads the writes of the
-// copy over the banks too. Windows, weights and programs of the next channels arrive by asynchronous copies while the
-// present ones are swept: two buffers, one barrier a chunk.
+// Memory: the lanes of a block take neighbouring patches, and all warps of a block the same ones: the input of the
+// block is one rectangle of each channel, copied row by row (region.py). A 32x32 image of one channel is 4.6 KB with
+// its border, for 32 lanes and all filters of the block. Stride, padding and image edges are dealt with where it is
+// copied. Windows, weights and programs of the next channels arrive by asynchronous copies while the present ones are
+// swept: two buffers, one barrier a chunk.
 
-struct Place {
-  int image, top, left;  // of a lane's patch: first image, and output pixel
+// A lane's patch among the block's: along images, rows, columns.
+struct Seat {
+  int image, row, column;
 };
 
-// Patches count images slowest, then rows, then columns.
-__device__ __forceinline__ Place place_of(int patch, int tiles_h, int tiles_w) {
-  Place place;
-  place.left = patch % tiles_w * TILE_COLUMNS;
-  place.top = patch / tiles_w % tiles_h * TILE_ROWS;
-  place.image = patch / (tiles_w * tiles_h) * IMAGES;
-  return place;
+__device__ __forceinline__ Seat seat_of(int lane) {
+  return {lane / (LANE_ROWS * LANE_COLUMNS), lane / LANE_COLUMNS % LANE_ROWS, lane % LANE_COLUMNS};
 }
 
-// Copy the windows of some channels. WARPS threads share a lane, so that neighbours read neighbouring pixels.
-__device__ __forceinline__ void copy_windows(float* tile, const Element* x, Place place, int first, int count,
-                                             int images, int channels, int in_h, int in_w) {
-  const int lane = threadIdx.x / WARPS;
-  const int top = place.top / TILE_ROWS * STEP_ROWS + START_ROW;
-  const int left = place.left / TILE_COLUMNS * STEP_COLUMNS + START_COLUMN;
-  for (int pixel = threadIdx.x % WARPS; pixel < WINDOW; pixel += WARPS) {
-    const int image = place.image + pixel / (WINDOW_ROWS * WINDOW_COLUMNS);
-    const int row = top + pixel / WINDOW_COLUMNS % WINDOW_ROWS, column = left + pixel % WINDOW_COLUMNS;
-    const bool exists = image < images && row >= 0 && row < in_h && column >= 0 && column < in_w;
-    const Element* from = exists ? x + ((image * channels + first) * in_h + row) * in_w + column : x;
-    const int step = exists ? in_h * in_w : 0;
-    float* to = tile + pixel * PITCH + lane;
-    for (int i = 0; i < count; ++i, from += step, to += WINDOW * PITCH) copy_async(to, from, exists);
+constexpr int SEATS = LANE_IMAGES * LANE_ROWS * LANE_COLUMNS;  // lanes beyond them repeat the first and write nothing
+
+// First image of a block, and first patch along rows and columns. Blocks count images slowest.
+__device__ __forceinline__ Seat first_patch(int region, int regions_h, int regions_w) {
+  return {region / (regions_w * regions_h) * REGION_IMAGES, region / regions_w % regions_h * LANE_ROWS,
+          region % regions_w * LANE_COLUMNS};
+}
+
+// Copy the region of the channels that `order` names. Threads beyond a region's pixels take the next channels.
+__device__ __forceinline__ void copy_region(float* tile, const Element* x, const int* order, Seat patch, int count,
+                                            int images, int channels, int in_h, int in_w) {
+  constexpr int PIXELS = REGION_IMAGES * REGION_ROWS * REGION_COLUMNS;
+  constexpr int WAYS = THREADS >= 2 * PIXELS ? THREADS / PIXELS : 1;
+  const int way = WAYS > 1 ? int(threadIdx.x) / PIXELS : 0;
+  if (way >= WAYS) return;
+  for (int pixel = WAYS > 1 ? threadIdx.x % PIXELS : threadIdx.x; pixel < PIXELS; pixel += THREADS) {
+    const int image = pixel / (REGION_ROWS * REGION_COLUMNS), row = pixel / REGION_COLUMNS % REGION_ROWS;
+    const int column = pixel % REGION_COLUMNS;
+    const int x_image = patch.image + image, x_row = patch.row * STEP_ROWS + START_ROW + row;
+    const int x_column = patch.column * STEP_COLUMNS + START_COLUMN + column;
+    const bool exists = x_image < images && x_row >= 0 && x_row < in_h && x_column >= 0 && x_column < in_w;
+    const int plane = PLANE ? PLANE : in_h * in_w, step = exists ? plane : 0;
+    const Element* from = exists ? x + x_image * channels * plane + x_row * in_w + x_column : x;
+    float* to = tile + way * CHANNEL_WORDS + image * IMAGE_PITCH + row * ROW_PITCH + row / STEP_ROWS * SKEW + column;
+#pragma unroll 8
+    for (int i = 0; i < (count - way + WAYS - 1) / WAYS; ++i)
+      copy_async(to + i * WAYS * CHANNEL_WORDS, from + order[i * WAYS + way] * step, exists);
   }
 }
 
-template <typename Word>
-__device__ __forceinline__ void copy_range(Word* to, const Word* from, int count) {
-  for (int i = threadIdx.x; i < count; i += THREADS) copy_async(to + i, from + i, true);
-}
-
 // Write a warp's sums, with what a network does to them next: y = relu(sum * scale + shift + residual).
-__device__ __forceinline__ void store_outputs(const float (&sum)[SUMS], Place place, const int* slots, Element* y,
+__device__ __forceinline__ void store_outputs(const float (&sum)[SUMS], Seat patch, const int* slots, Element* y,
                                               int images, int filters, int out_h, int out_w, const float* scale,
                                               const float* shift, const Element* residual, int relu) {
+  const int top = patch.row * TILE_ROWS, left = patch.column * TILE_COLUMNS;
 #pragma unroll
   for (int slot = 0; slot < SLOTS; ++slot) {
     const int filter = slots[slot];
@@ -71,15 +74,15 @@ __device__ __forceinline__ void store_outputs(const float (&sum)[SUMS], Place pl
     const float factor = scale ? scale[filter] : 1.0f, summand = shift ? shift[filter] : 0.0f;
 #pragma unroll
     for (int image = 0; image < IMAGES; ++image) {
-      if (place.image + image >= images) continue;
-      const int plane = ((place.image + image) * filters + filter) * out_h;
+      if (patch.image + image * LANE_IMAGES >= images) continue;
+      const int plane = ((patch.image + image * LANE_IMAGES) * filters + filter) * out_h;
 #pragma unroll
       for (int row = 0; row < TILE_ROWS; ++row) {
-        if (place.top + row >= out_h) continue;
+        if (top + row >= out_h) continue;
 #pragma unroll
         for (int column = 0; column < TILE_COLUMNS; column += VECTOR) {
-          if (place.left + column >= out_w) continue;
-          const int offset = (plane + place.top + row) * out_w + place.left + column;
+          if (left + column >= out_w) continue;
+          const int offset = (plane + top + row) * out_w + left + column;
           Packed<Element, VECTOR> packed;
 #pragma unroll
           for (int i = 0; i < VECTOR; ++i) {
@@ -95,22 +98,27 @@ __device__ __forceinline__ void store_outputs(const float (&sum)[SUMS], Place pl
   }
 }
 
-// One block: 32 patches, WARPS * SLOTS filters. `program` and `weights` hold, for each block of filters and chunk of
-// channels, what `bounds` says; a chunk's program starts with the places of each warp's own program and weights.
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
-    convolve(const Element* x, const float* weights, Element* y, const int* program, const int* bounds,
-             const int* filter_of_slot, const float* scale, const float* shift, const Element* residual, int relu,
-             int images, int channels, int in_h, int in_w, int filters, int out_h, int out_w, int tiles_h, int tiles_w,
-             int chunks, int filter_blocks, int weight_words, int program_words) {
-  constexpr int TILE_FLOATS = CHANNELS * WINDOW * PITCH;
+// One block: SEATS patches, WARPS * SLOTS filters. It takes the channels in an order of its own, in which its warps have
+// about as much to do in each chunk (layout.py). `program` and `gather` hold, for each block of filters and chunk of
+// channels, what `bounds` says: a chunk's program starts with the places of each warp's own program and weights, and
+// the weights are the values that `gather` names, in the order in which the warps read them.
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
+    convolve(const Element* x, const Element* values, Element* y, const int* program, const int* gather, const int* bounds,
+             const int* channel_order, const int* filter_of_slot, const float* scale, const float* shift, const Element* residual, int relu,
+             int images, int channels, int in_h, int in_w, int filters, int out_h, int out_w, int regions_h,
+             int regions_w, int chunks, int filter_blocks, int weight_words, int program_words) {
+  constexpr int TILE_WORDS = CHANNELS * CHANNEL_WORDS;
   float* const weight_space = reinterpret_cast<float*>(shared_memory());
   float* const tiles = weight_space + 2 * weight_words;
-  int* const program_space = reinterpret_cast<int*>(tiles + 2 * TILE_FLOATS);
+  int* const program_space = reinterpret_cast<int*>(tiles + 2 * TILE_WORDS);
 
-  const int filter_block = blockIdx.x % filter_blocks, group = blockIdx.x / filter_blocks;
+  const int filter_block = blockIdx.x % filter_blocks;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const Place copied = place_of(group * 32 + int(threadIdx.x) / WARPS, tiles_h, tiles_w);
-  const int* bound = bounds + filter_block * chunks * 2;
+  const Seat first = first_patch(blockIdx.x / filter_blocks, regions_h, regions_w);
+  const Seat seat = seat_of(lane < SEATS ? lane : 0);
+  const int corner =
+      seat.image * IMAGE_PITCH + seat.row * (STEP_ROWS * ROW_PITCH + SKEW) + seat.column * STEP_COLUMNS;
+  const int *bound = bounds + filter_block * chunks * 2, *order = channel_order + filter_block * channels;
 
   float sum[SUMS];
 #pragma unroll
@@ -123,11 +131,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     __syncthreads();
     const int next = chunk + 1;
     if (next < chunks) {
-      const int first = next * CHANNELS, buffer = next % 2;
-      const int count = channels - first < CHANNELS ? channels - first : CHANNELS;
-      copy_range(weight_space + buffer * weight_words, weights + weight_start, weight_end - weight_start);
-      copy_range(program_space + buffer * program_words, program + program_start, program_end - program_start);
-      copy_windows(tiles + buffer * TILE_FLOATS, x, copied, first, count, images, channels, in_h, in_w);
+      const int channel = next * CHANNELS, buffer = next % 2;
+      const int count = channels - channel < CHANNELS ? channels - channel : CHANNELS;
+      for (int i = threadIdx.x; i < weight_end - weight_start; i += THREADS)
+        copy_async(weight_space + buffer * weight_words + i, values + gather[weight_start + i], true);
+      for (int i = threadIdx.x; i < program_end - program_start; i += THREADS)
+        copy_async(program_space + buffer * program_words + i, program + program_start + i, true);
+      copy_region(tiles + buffer * TILE_WORDS, x, order + channel, first, count, images, channels, in_h, in_w);
       if (next + 1 < chunks) {
         program_start = program_end, weight_start = weight_end;
         program_end = bound[(next + 2) * 2], weight_end = bound[(next + 2) * 2 + 1];
@@ -136,18 +146,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     if (chunk >= 0) {
       const int buffer = chunk % 2;
       const int* words = program_space + buffer * program_words;
-      sweep(tiles + buffer * TILE_FLOATS + lane, words + words[2 * warp],
+      sweep(tiles + buffer * TILE_WORDS + corner, words + words[2 * warp],
             weight_space + buffer * weight_words + words[2 * warp + 1], sum);
     }
   }
-  const Place written = place_of(group * 32 + lane, tiles_h, tiles_w);
-  store_outputs(sum, written, filter_of_slot + (filter_block * WARPS + warp) * SLOTS, y, images, filters, out_h, out_w,
+  if (lane >= SEATS) return;
+  const Seat patch = {first.image + seat.image, first.row + seat.row, first.column + seat.column};
+  store_outputs(sum, patch, filter_of_slot + (filter_block * WARPS + warp) * SLOTS, y, images, filters, out_h, out_w,
                 scale, shift, residual, relu);
-}
-
-// Bring the values into the order in which the warps read them, as float32.
-extern "C" __global__ void __launch_bounds__(256)
-    arrange(const Element* values, const int* gather, float* weights, int count) {
-  const int i = blockIdx.x * 256 + threadIdx.x;
-  if (i < count) weights[i] = to_float(values[gather[i]]);
 }

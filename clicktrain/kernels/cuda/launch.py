@@ -6,11 +6,16 @@ on disk of its own, by the text and the options.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +25,25 @@ OPTIONS = ("--std=c++17",)
 """Options for NVRTC. No fast-math; multiply and add contract to FMA, the default."""
 OLDEST = (7, 5)
 """Oldest compute capability that NVRTC of CUDA 13 compiles for."""
+
+
+_ahead: set[str] = set()
+"""What `compile_ahead` has compiled already."""
+
+
+def compile_ahead(texts: Iterable[str]) -> None:
+    """Compile units on all cores, into CuPy's cache on disk, where the first launch finds them."""
+    waiting = sorted(set(texts) - _ahead, key=len)
+    count = min(len(waiting), len(os.sched_getaffinity(0)))
+    command = [sys.executable, str(Path(__file__).with_name("ahead.py"))]
+    workers = [subprocess.Popen(command, stdin=subprocess.PIPE, text=True) for _ in range(count)]
+    for number, worker in enumerate(workers):
+        assert worker.stdin is not None
+        worker.stdin.write(json.dumps([OPTIONS, waiting[number::count]]))
+        worker.stdin.close()
+    for worker in workers:
+        worker.wait()  # what a worker could not compile fails again, loudly, at its launch
+    _ahead.update(waiting)
 
 
 class Launcher(Protocol):
@@ -46,15 +70,27 @@ class CupyLauncher:
     def launch(
         self, text: str, kernel: str, blocks: int, threads: int, shared: int, arguments: Sequence[Tensor | int | None]
     ) -> None:
-        """Launch a kernel on the current stream of the device of the first tensor; does not wait for it."""
-        import cupy
+        """Launch a kernel on the current stream of the device of the first tensor; does not wait for it.
+
+        CuPy's own call would take longer to pack the arguments than many a kernel to run: here they are written into
+        words whose addresses go straight to the driver.
+        """
+        from cupy.cuda import driver, runtime
 
         device = next(a.device for a in arguments if isinstance(a, Tensor))
-        index = device.index if device.index is not None else torch.cuda.current_device()
-        stream = torch.cuda.current_stream(device).cuda_stream
-        with cupy.cuda.Device(index), _stream(stream, index):
+        current = torch.cuda.current_device()
+        index = device.index if device.index is not None else current
+        words = (ctypes.c_uint64 * len(arguments))(*map(_word, arguments))
+        first = ctypes.addressof(words)
+        places = (ctypes.c_uint64 * len(arguments))(*range(first, first + ctypes.sizeof(words), 8))
+        stream = torch.cuda.current_stream(index).cuda_stream
+        runtime.setDevice(index)  # makes its context the thread's, which the driver asks for
+        try:
             function = _function(text, kernel, index, shared)
-            function((blocks,), (threads,), tuple(map(_argument, arguments)), shared_mem=shared)
+            driver.launchKernel(function, blocks, 1, 1, threads, 1, 1, shared, stream, ctypes.addressof(places), 0)
+        finally:
+            if index != current:
+                runtime.setDevice(current)
 
 
 def available() -> Literal[True] | str:
@@ -79,11 +115,11 @@ def too_old(capability: tuple[int, int]) -> str | None:
     return "the GPU has compute capability {}.{}: the kernels need {}.{} or newer".format(*capability, *OLDEST)
 
 
-def _argument(value: Tensor | int | None) -> Any:
-    """Return a kernel argument as CuPy takes it: an address of eight bytes or an integer of four."""
+def _word(value: Tensor | int | None) -> int:
+    """Return a kernel argument as a word of eight bytes: an address, or an integer in the lower four."""
     if isinstance(value, Tensor):
-        return np.uint64(value.data_ptr())
-    return np.uint64(0) if value is None else np.int32(value)
+        return value.data_ptr()
+    return 0 if value is None else value
 
 
 @cache
@@ -94,33 +130,13 @@ def _limits(index: int) -> Limits:
     return Limits(int(attributes["MaxSharedMemoryPerBlockOptin"]), int(attributes["MultiProcessorCount"]))
 
 
-class _TorchStream:
-    """A stream of torch by address, as CuPy 14 takes it (the CUDA stream protocol)."""
-
-    def __init__(self, address: int) -> None:
-        self._address = address
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return (0, self._address)
-
-
 @cache
-def _stream(address: int, index: int) -> Any:
-    """Return CuPy's view of a stream of torch."""
-    import cupy
-
-    if hasattr(cupy.cuda.Stream, "from_external"):
-        return cupy.cuda.Stream.from_external(_TorchStream(address))
-    return cupy.cuda.ExternalStream(address, index)
-
-
-@cache
-def _function(text: str, kernel: str, index: int, shared: int) -> Any:
-    """Return a kernel, loaded on a device and allowed so much shared memory."""
+def _function(text: str, kernel: str, index: int, shared: int) -> int:
+    """Return the driver's handle of a kernel, loaded on a device and allowed so much shared memory."""
     function = _module(text, index).get_function(kernel)
     if shared > 48 << 10:  # more than every kernel may have
         function.max_dynamic_shared_size_bytes = shared
-    return function
+    return int(function.kernel.ptr)
 
 
 @cache

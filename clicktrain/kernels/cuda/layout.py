@@ -34,12 +34,15 @@ class Program:
         Which of the values each weight is.
     bounds : (blocks * chunks + 1, 2) int32
         Where the words and weights of a block and chunk start.
+    channels : (blocks, channels) int32
+        In which order each block copies the channels.
     """
 
     filter_of_slot: Words
     words: Words
     gather: Words
     bounds: Words
+    channels: Words
 
     @property
     def most_words(self) -> int:
@@ -55,13 +58,13 @@ class Program:
 def order_filters(layer: Layer, spec: ConvolutionSpec) -> Integers:
     """Return the filters in the order of slots: by length, so that warps finish together.
 
-    Where the slots of a warp can share windows, each filter is followed by the one, among those of about its length,
-    that has most kernels of the same channel and pattern.
+    A warp of two filters has a long and a short one; but where its slots can share windows, each filter is followed by
+    the one, among those of about its length, that has most kernels of the same channel and pattern.
     """
     lengths = np.bincount(layer.kernels.filters, minlength=layer.filters)
     order = np.argsort(-lengths, kind="stable")
     if max(map(len, spec.sets)) < 2:
-        return order
+        return _long_with_short(order) if spec.slots == 2 else order
     index = np.full((layer.filters, layer.channels), -1, np.int16)
     index[layer.kernels.filters, layer.kernels.channels] = layer.kernels.patterns
     waiting, paired = order.tolist(), []
@@ -76,6 +79,45 @@ def order_filters(layer: Layer, spec: ConvolutionSpec) -> Integers:
     return np.array(paired, np.int64)
 
 
+def _long_with_short(order: Integers) -> Integers:
+    half = len(order) // 2
+    pairs = np.stack((order[:half], order[::-1][:half]), 1).ravel()
+    return np.append(pairs, order[half : half + len(order) % 2])
+
+
+def order_channels(loads: Integers, size: int) -> Integers:
+    """Return an order of the channels in which every warp has about as much to do in each chunk of them.
+
+    All warps of a block wait for its slowest at the end of a chunk. Channels are given out, the fullest first, to the
+    chunk that has room and whose busy warps they burden least.
+
+    Parameters
+    ----------
+    loads : (blocks, warps, channels)
+        Kernels of each warp.
+    size : int
+        Channels of a chunk; the last one takes what is left.
+
+    Returns
+    -------
+    (blocks, channels) int64
+        Of each block.
+    """
+    blocks, warps, channels = loads.shape
+    room = np.full((blocks, -(-channels // size)), size)
+    room[:, -1] = channels - size * (room.shape[1] - 1)
+    total, chunk = np.zeros((blocks, warps, room.shape[1])), np.empty((blocks, channels), np.int64)
+    every = np.arange(blocks)
+    for channel in np.argsort(-loads.sum(1), axis=1, kind="stable").T:
+        load = loads[every, :, channel]
+        burden = (total**4 * load[:, :, None]).sum(1)
+        chosen = np.where(room > 0, burden, np.inf).argmin(1)
+        chunk[every, channel] = chosen
+        room[every, chosen] -= 1
+        total[every, :, chosen] += load
+    return np.argsort(chunk, axis=1, kind="stable")
+
+
 def program(layer: Layer, spec: ConvolutionSpec) -> Program:
     """Lay out a convolution."""
     order = order_filters(layer, spec)
@@ -86,10 +128,15 @@ def program(layer: Layer, spec: ConvolutionSpec) -> Program:
     place[order] = np.arange(layer.filters)
 
     unit, kind, channel, numbers = _records(layer, spec, place)
-    warp, cell = unit % spec.warps, unit // spec.warps * chunks + channel // spec.channels
-    by_program = np.lexsort((channel, kind, warp, cell))
-    kind, channel, numbers, warp, cell = (a[by_program] for a in (kind, channel, numbers, warp, cell))
-    words, word_starts, heads = _words(kind, channel, warp, cell, blocks * chunks, spec)
+    block, warp = unit // spec.warps, unit % spec.warps
+    loads = np.zeros((blocks, spec.warps, layer.channels), np.int64)
+    np.add.at(loads, (block, warp, channel), 1)
+    channels = order_channels(loads, spec.channels)
+    seat = np.argsort(channels, axis=1)[block, channel]  # of the channel in its block's order
+    cell = block * chunks + seat // spec.channels
+    by_program = np.lexsort((seat, kind, warp, cell))
+    kind, seat, numbers, warp, cell = (a[by_program] for a in (kind, seat, numbers, warp, cell))
+    words, word_starts, heads = _words(kind, seat, warp, cell, blocks * chunks, spec)
 
     kept = numbers >= 0
     entries = np.arange(spec.entries)[:: -1 if layer.reversed else 1]
@@ -100,7 +147,7 @@ def program(layer: Layer, spec: ConvolutionSpec) -> Program:
     words[heads[..., 1]] = np.cumsum(weights, 1) - weights
     return Program(
         filter_of_slot, words.astype(np.int32), gather.astype(np.int32),
-        np.stack((word_starts, weight_starts), 1).astype(np.int32),
+        np.stack((word_starts, weight_starts), 1).astype(np.int32), channels.astype(np.int32),
     )  # fmt: skip
 
 
@@ -133,7 +180,7 @@ def _records(layer: Layer, spec: ConvolutionSpec, place: Integers) -> tuple[Inte
 
 
 def _words(
-    kind: Integers, channel: Integers, warp: Integers, cell: Integers, cells: int, spec: ConvolutionSpec
+    kind: Integers, seat: Integers, warp: Integers, cell: Integers, cells: int, spec: ConvolutionSpec
 ) -> tuple[Integers, Integers, Integers]:
     """Return the words of all programs, where each cell's start, and the places of each warp's two head words."""
     record = np.arange(len(kind))
@@ -150,7 +197,7 @@ def _words(
     order_sort = np.concatenate((np.zeros(len(heads)), np.zeros(len(first)), np.ones(len(record)), np.zeros(len(ends))))
     value = np.concatenate((
         np.zeros(len(heads), np.int64), kind[first] + (length << 16),
-        channel % spec.channels * spec.window_floats, np.full(len(ends), -1),
+        seat % spec.channels * spec.region.words, np.full(len(ends), -1),
     ))  # fmt: skip
     order = np.lexsort((order_sort, order_record, order_warp, order_cell))
     words = value[order]
@@ -184,32 +231,49 @@ def tasks(layer: Layer, spec: GradientSpec) -> Tasks:
     """Lay out the gradient of the values."""
     kernels, room = layer.kernels, spec.warps * spec.tasks
     cell = kernels.filters // spec.filters, kernels.channels // spec.channels
-    kernels = kernels[np.lexsort((kernels.filters, kernels.channels, kernels.patterns, cell[1], cell[0]))]
+    kernels = kernels[np.lexsort((kernels.filters, kernels.patterns, kernels.channels, cell[1], cell[0]))]
     filters, channels = kernels.filters // spec.filters, kernels.channels // spec.channels
-    task, member = _cut(np.stack((filters, channels, kernels.channels, kernels.patterns), 1), spec.task_filters)
+    task, member = _cut(np.stack((filters, kernels.channels), 1), spec.task_kernels)
     first = np.flatnonzero(member == 0)
-    piece, place = _cut(np.stack((filters, channels), 1)[first], room)
+    piece, _ = _cut(np.stack((filters, channels), 1)[first], room)
+    place = _dealt(piece, np.diff(np.append(first, len(task))), spec.warps)
 
-    words = np.zeros((int(piece.max(initial=-1)) + 1, room, spec.task_words), np.int32)
-    words[:, :, 0] = -1
-    words[:, :, 2 + spec.task_filters :] = -1
-    words[piece, place, 0] = kernels.patterns[first]
-    words[piece, place, 1] = kernels.channels[first] % spec.channels * spec.window_floats
-    words[piece[task], place[task], 2 + member] = kernels.filters % spec.filters * spec.patch_floats
-    words[piece[task], place[task], 2 + spec.task_filters + member] = kernels.numbers
+    words = np.full((int(piece.max(initial=-1)) + 1, room, spec.task_words), -1, np.int32)
+    words[:, :, 2::3] = 0
+    words[piece, place, 0] = kernels.channels[first] % spec.channels * spec.x.words
+    words[piece[task], place[task], 1 + 3 * member] = kernels.patterns
+    words[piece[task], place[task], 2 + 3 * member] = kernels.filters % spec.filters * spec.dy.words
+    words[piece[task], place[task], 3 + 3 * member] = kernels.numbers
     pieces = np.zeros((len(words), 2), np.int32)
     pieces[piece] = np.stack((filters * spec.filters, channels * spec.channels), 1)[first]
     return Tasks(pieces, words.reshape(len(words), spec.tasks, spec.warps, spec.task_words))
 
 
+def _dealt(piece: Integers, sizes: Integers, warps: int) -> Integers:
+    """Return each task's place in its piece: the largest first, to the warps from first to last and back again."""
+    order = np.lexsort((-sizes, piece))
+    starts = np.searchsorted(piece[order], piece[order])
+    rank = np.arange(len(order)) - starts
+    turn, warp = np.divmod(rank, warps)
+    place = np.empty_like(rank)
+    place[order] = turn * warps + np.where(turn % 2, warps - 1 - warp, warp)
+    return place
+
+
 def _cut(keys: Integers, size: int) -> tuple[Integers, Integers]:
-    """Cut runs of equal keys into parts of at most `size`; return each row's part and its place there."""
+    """Cut runs of equal keys into even parts of at most `size`; return each row's part and its place there."""
     rows = np.arange(len(keys))
     changes = np.ones(len(keys), bool)
     changes[1:] = (np.diff(keys, axis=0) != 0).any(1)
-    inside = rows - np.maximum.accumulate(np.where(changes, rows, 0))
-    place = inside % size
+    first = np.flatnonzero(changes)
+    run = np.cumsum(changes) - 1
+    length = np.diff(np.append(first, len(keys)))[run]
+    inside, parts = rows - first[run], -(-length // size)
+    # The first `length % parts` parts have one row more than the others.
+    small, larger = length // parts, length % parts
+    split = larger * (small + 1)
+    place = np.where(inside < split, inside % (small + 1), (inside - split) % np.maximum(1, small))
     return np.cumsum(place == 0) - 1, place
 
 
-__all__ = ["Kernels", "Program", "Tasks", "order_filters", "program", "tasks"]
+__all__ = ["Kernels", "Program", "Tasks", "order_channels", "order_filters", "program", "tasks"]

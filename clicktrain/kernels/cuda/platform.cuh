@@ -29,9 +29,20 @@ __device__ __forceinline__ void from_float(float value, half16& narrow) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(narrow.bits) : "f"(value));
 }
 __device__ __forceinline__ void from_float(float value, bfloat16& narrow) {
+#if __CUDA_ARCH__ >= 800
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(narrow.bits) : "f"(value));
+#else
   const unsigned bits = __float_as_uint(value);
   const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
   narrow.bits = is_nan ? 0x7fff : (unsigned short)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+#endif
+}
+
+// The thread's index, read anew: what follows from it is not kept in registers over a loop.
+__device__ __forceinline__ int thread_now() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
 }
 
 // The dynamic shared memory of the block.
@@ -69,6 +80,37 @@ __device__ __forceinline__ void copy_async(float* to, const Narrow* from, bool e
   *to = exists ? to_float(*from) : 0.0f;
 }
 
+// Copy eight aligned bytes; as `copy_async`.
+template <typename Narrow>
+__device__ __forceinline__ void copy_async2(Narrow* to, const Narrow* from) {
+#if __CUDA_ARCH__ >= 800
+  const unsigned place = unsigned(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(place), "l"(from) : "memory");
+#else
+  *reinterpret_cast<Packed<unsigned, 2>*>(to) = *reinterpret_cast<const Packed<unsigned, 2>*>(from);
+#endif
+}
+
+// Copy four neighbours of an aligned row at once; as `copy_async`.
+__device__ __forceinline__ void copy_async4(float* to, const float* from, bool exists) {
+#if __CUDA_ARCH__ >= 800
+  const unsigned place = unsigned(__cvta_generic_to_shared(to));
+  const int bytes = exists ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(place), "l"(from), "r"(bytes) : "memory");
+#else
+  const Packed<float, 4> none = {};
+  *reinterpret_cast<Packed<float, 4>*>(to) = exists ? *reinterpret_cast<const Packed<float, 4>*>(from) : none;
+#endif
+}
+template <typename Narrow>
+__device__ __forceinline__ void copy_async4(float* to, const Narrow* from, bool exists) {
+  Packed<Narrow, 4> narrow = {};
+  if (exists) narrow = *reinterpret_cast<const Packed<Narrow, 4>*>(from);
+  Packed<float, 4> wide;
+  for (int i = 0; i < 4; ++i) wide.items[i] = exists ? to_float(narrow.items[i]) : 0.0f;
+  *reinterpret_cast<Packed<float, 4>*>(to) = wide;
+}
+
 // Wait for this thread's own copies; a barrier makes them visible to the others.
 __device__ __forceinline__ void wait_for_copies() {
 #if __CUDA_ARCH__ >= 800
@@ -93,8 +135,25 @@ __device__ __forceinline__ unsigned join_halves(unsigned first, unsigned second,
   return __byte_perm(first, second, upper ? 0x7632u : 0x5410u);
 }
 
-// What lanes wrote to shared memory before is seen by the other lanes of their warp.
-__device__ __forceinline__ void warp_barrier() { __syncwarp(); }
+__device__ __forceinline__ unsigned shuffle_xor(unsigned value, int distance) {
+  return __shfl_xor_sync(0xffffffffu, value, distance);
+}
+
+// Two values, rounded as by `from_float`, the first in the lower half.
+__device__ __forceinline__ unsigned round_pair(float first, float second, half16) {
+  unsigned word = 0;
+#if __CUDA_ARCH__ >= 800
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+#endif
+  return word;
+}
+__device__ __forceinline__ unsigned round_pair(float first, float second, bfloat16) {
+  unsigned word = 0;
+#if __CUDA_ARCH__ >= 800
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+#endif
+  return word;
+}
 
 // Four 8 x 8 matrices of 16-bit values from shared memory: lane l gives the place of row l % 8 of matrix l / 8, eight
 // values at 16 bytes. Of each matrix lane t gets the values 2 * (t % 4) and the next of row t / 4; transposed: of

@@ -34,7 +34,8 @@ constexpr int IMAGES = 8;  // of a unit
 constexpr int FILTERS = 16;  // of a block
 
 template <int Channels, int Groups, int Rows, int Columns, int RowPitch, int GroupPitch, int ChannelPitch, int CopyRows,
-          int CopyColumns, int WholeRows, int WholeColumns, int Width, int SpreadRows, int SpreadColumns>
+          int CopyColumns, int WholeRows, int WholeColumns, int Width, int SpreadRows, int SpreadColumns, int Depth,
+          int Height, int ImageWidth>
 struct Tile {
   static constexpr int channels = Channels, groups = Groups, rows = Rows, columns = Columns;
   static constexpr int row_pitch = RowPitch, group_pitch = GroupPitch, channel_pitch = ChannelPitch;  // in units
@@ -42,6 +43,7 @@ struct Tile {
   static constexpr bool whole_rows = WholeRows, whole_columns = WholeColumns;  // every tile holds all of the image
   static constexpr int width = Width;  // pixels that are read at once: 2 or 4 where it divides rows
   static constexpr int spread_rows = SpreadRows, spread_columns = SpreadColumns;  // tile pixels for one of the image
+  static constexpr int depth = Depth, height = Height, image_width = ImageWidth;  // of the image; 0: told at launch
   static constexpr int units = Channels * ChannelPitch;
 };
 
@@ -110,55 +112,96 @@ __device__ __forceinline__ void clear_border(T, Unit* tile) {
   }
 }
 
-// Copy `count` channels of NCHW images from `first` on. Neighbouring lanes read neighbouring words of an image.
+// What the text knows, or else what the launch tells.
+template <int Known>
+__device__ __forceinline__ int known(int told) {
+  return Known ? Known : told;
+}
+
+// Between two barriers half of the warps copy first and then multiply, the others the other way around: one half waits
+// for memory while the other computes.
+__device__ __forceinline__ bool copies_now(int turn) { return (threadIdx.x / 128 + turn) % 2 == 0; }
+
+// Turn neighbouring pixels of 8 images into units and store them, those that are `shown`. Each lane stores its pixels
+// in an order of its own, pixel i ^ turn after pixel (i - 1) ^ turn, so that eight neighbours write to different banks.
+template <typename T>
+__device__ __forceinline__ void store_pixels(T, Unit* to, Packed<unsigned, (T::width + 1) / 2> (&words)[IMAGES],
+                                             const bool (&shown)[T::width], int turn) {
+  const bool odd = turn % 2, upper = turn / 2;
+#pragma unroll
+  for (int i = 0; i < IMAGES; ++i) {
+    const unsigned low = words[i].items[0], high = words[i].items[T::width / 4];
+    words[i].items[0] = upper ? high : low, words[i].items[T::width / 4] = upper ? low : high;
+  }
+#pragma unroll
+  for (int i = 0; i < T::width; ++i) {
+    Unit unit;
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      unit.items[j] = join_halves(words[2 * j].items[i / 2], words[2 * j + 1].items[i / 2], i % 2 ? !odd : odd);
+    if (shown[i]) store_unit(to + (i ^ turn) * T::spread_columns, unit);
+  }
+}
+
+// Copy `count` channels of NCHW images from `first` on. Neighbouring lanes read neighbouring words of an image; a
+// thread keeps its place in the image and goes from channel to channel.
 template <typename T>
 __device__ __forceinline__ void copy_tile(T, Unit* tile, const Element* from, View view, int first, int count,
                                           int images, int channels, int height, int width) {
-  constexpr int OF_CHANNEL = T::copy_rows * T::copy_columns;
+  constexpr int OF_CHANNEL = T::copy_rows * T::copy_columns, SHARES = OF_CHANNEL < THREADS ? THREADS / OF_CHANNEL : 1;
+  constexpr bool ALL_SHOWN = T::whole_columns && PADDING_COLUMNS >= 0 &&
+                             (T::copy_columns * T::width - 1) * T::spread_columns + PADDING_COLUMNS < T::columns;
+  const int thread = thread_now();
   const int top = T::whole_rows ? 0 : divide_down<T::spread_rows>(view.top);
   const int left = T::whole_columns ? 0 : divide_down<T::spread_columns>(view.left) & -T::width;
-  const int plane = channels * height * width;
-  for (int item = threadIdx.x; item < T::groups * T::channels * OF_CHANNEL; item += THREADS) {
-    const int channel = item / OF_CHANNEL % T::channels, group = item / (OF_CHANNEL * T::channels);
-    const int row = top + item / T::copy_columns % T::copy_rows, column = left + item % T::copy_columns * T::width;
+  const int plane = channels * height * width, share = OF_CHANNEL < THREADS ? thread / OF_CHANNEL : 0;
+  if (share >= SHARES) return;
+  for (int item = thread - share * OF_CHANNEL; item < OF_CHANNEL; item += THREADS) {
+    const int row = top + item / T::copy_columns, column = left + item % T::copy_columns * T::width;
     const int to_row = row * T::spread_rows - view.top, to_column = column * T::spread_columns - view.left;
-    if (channel >= count || to_row < 0 || to_row >= T::rows) continue;
-    const int there = images - view.image - group * IMAGES;
+    if (to_row < 0 || to_row >= T::rows) continue;
     const bool exists = row >= view.first_row && row < height && column >= view.first_column && column < width;
-    const Element* source =
-        from + (((view.image + group * IMAGES) * channels + first + channel) * height + row) * width + column;
-    Packed<unsigned, (T::width + 1) / 2> words[IMAGES];
-#pragma unroll
-    for (int i = 0; i < IMAGES; ++i) {
-      words[i] = {};
-      if (exists && i < there) words[i] = read_pixels<T::width>(source + i * plane);
-    }
-    Unit* to = tile + channel * T::channel_pitch + group * T::group_pitch + to_row * T::row_pitch + to_column;
-    // Each lane stores its pixels in an order of its own, so that eight neighbours write to different banks.
-    const int turn = threadIdx.x % 32 * T::width / 8;
+    const int turn = thread % 32 * T::width / 8 % T::width;
+    bool shown[T::width];
 #pragma unroll
     for (int i = 0; i < T::width; ++i) {
-      const int pixel = (i + turn) % T::width, next = to_column + pixel * T::spread_columns;
-      Unit unit;
+      const int next = to_column + (i ^ turn) * T::spread_columns;
+      shown[i] = ALL_SHOWN || (next >= 0 && next < T::columns);
+    }
+    const Element* source = from + ((view.image * channels + first) * height + row) * width + column;
+    Unit* const to = tile + to_row * T::row_pitch + to_column;
+    for (int line = share; line < T::channels * T::groups; line += SHARES) {
+      const int channel = line % T::channels, group = line / T::channels;
+      if (channel >= count) continue;
+      const int there = images - view.image - group * IMAGES;
+      const Element* pixels = source + group * IMAGES * plane + channel * height * width;
+      Packed<unsigned, (T::width + 1) / 2> words[IMAGES];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const bool second = T::width > 2 && pixel >= 2;
-        const unsigned a = words[2 * j].items[0], b = words[2 * j + 1].items[0];
-        const unsigned c = words[2 * j].items[T::width / 4], d = words[2 * j + 1].items[T::width / 4];
-        unit.items[j] = join_halves(second ? c : a, second ? d : b, pixel % 2);
+      for (int i = 0; i < IMAGES; ++i) {
+        words[i] = {};
+        if (exists && (WHOLE_GROUPS || i < there)) words[i] = read_pixels<T::width>(pixels + i * plane);
       }
-      if (next >= 0 && next < T::columns) store_unit(to + pixel * T::spread_columns, unit);
+      store_pixels(T{}, to + channel * T::channel_pitch + group * T::group_pitch, words, shown, turn);
     }
   }
 }
 
 // Output positions of a tile count columns fastest, then rows, then groups of images; places are in units.
 template <typename T>
+__device__ __forceinline__ constexpr int place_at(T, int position) {
+  return position / (RECT_COLUMNS * RECT_ROWS) * T::group_pitch +
+         position / RECT_COLUMNS % RECT_ROWS * STRIDE_ROWS * T::row_pitch + position % RECT_COLUMNS * STRIDE_COLUMNS;
+}
+template <typename T>
 __device__ __forceinline__ int place_of(T, int position) {
-  const int column = position % RECT_COLUMNS, row = position / RECT_COLUMNS % RECT_ROWS;
-  return position < POSITIONS ? position / (RECT_COLUMNS * RECT_ROWS) * T::group_pitch +
-                                    row * STRIDE_ROWS * T::row_pitch + column * STRIDE_COLUMNS
-                              : 0;
+  return position < POSITIONS ? place_at(T{}, position) : 0;
+}
+
+// Whether each run of `length` positions looks like the first one, so that distances in it are known to the compiler.
+__device__ __forceinline__ constexpr bool alike(int length) {
+  const int of_image = RECT_COLUMNS * RECT_ROWS;
+  return POSITIONS % length == 0 && (length % RECT_COLUMNS == 0 || RECT_COLUMNS % length == 0) &&
+         (length % of_image == 0 || of_image % length == 0);
 }
 
 // Two neighbouring values, the first at an even place where kernels have an even number of entries.

@@ -16,11 +16,13 @@ from torch import Tensor
 from clicktrain.kernels.cuda import tensor_layout as layout
 from clicktrain.kernels.cuda import tensor_text as text
 from clicktrain.kernels.cuda import tensor_tiling as tiling
-from clicktrain.kernels.cuda.codegen import LANES, Dtype
+from clicktrain.kernels.cuda.codegen import Dtype
 from clicktrain.kernels.cuda.launch import Launcher
+from clicktrain.kernels.cuda.region import LANES
 from clicktrain.kernels.cuda.tensor_estimate import value_splits
 from clicktrain.kernels.cuda.tensor_geometry import Geometry
 from clicktrain.kernels.cuda.tensor_text import FILTERS, IMAGES, TensorSpec
+from clicktrain.kernels.cuda.tiling import Limits
 from clicktrain.kernels.plan import Plan
 
 if TYPE_CHECKING:
@@ -38,6 +40,12 @@ def applies(plan: Plan, dtype: Dtype, device: torch.device) -> bool:
         return False
     by_block = plan.index.view(-1, FILTERS, channels)
     return bool((by_block == by_block[:, :1]).all())
+
+
+def units(plan: Plan, dtype: Dtype, limits: Limits) -> list[str]:
+    """Return the texts of the three passes."""
+    makers = tiling.forward_spec, tiling.input_spec, tiling.values_spec
+    return [text.unit(make(plan, dtype, limits)) for make in makers]
 
 
 @cache
@@ -62,10 +70,11 @@ class Forward:
         spec, (images, channels, *in_size), (_, filters, *out_size) = self.spec, self.plan.input_shape, shape
         sets = _parts(filters, FILTERS * spec.blocks)
         blocks = sets * self._rects[0] * self._rects[1] * _parts(images, IMAGES * spec.input.groups)
+        residual = None if epilogue.residual is None else _aligned(epilogue.residual)
         self.launcher.launch(
             self.text, "tensor_forward", blocks, spec.warps * LANES, spec.shared_bytes,
             (
-                _aligned(x), _aligned(values), y, *self._program, epilogue.scale, epilogue.shift, epilogue.residual,
+                _aligned(x), _aligned(values), y, *self._program, epilogue.scale, epilogue.shift, residual,
                 int(epilogue.relu), images, channels, *in_size, filters, *out_size, *self._rects,
                 _parts(channels, spec.input.channels), sets,
             ),
@@ -143,5 +152,5 @@ def _on(array: NDArray[np.int32], device: torch.device) -> Tensor:
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """Return the tensor where four neighbouring values can be read at once: views may start anywhere."""
-    return tensor if tensor.data_ptr() % 8 == 0 else tensor.clone()
+    """Return the tensor where eight neighbouring values can be read at once: views may start anywhere."""
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

@@ -8,7 +8,8 @@
 // Sums of all channels of the block of threads live in shared memory as float32, [channel][image][position]: an
 // addition serves 16 * ENTRIES products. A channel has one pattern in a block of filters, so the jobs of a block of
 // filters touch different channels and warps need no locks; a barrier lies between two blocks of filters, whose dy
-// comes in chunks of BLOCKS blocks. Sums therefore have a fixed order. Their pitches (4 modulo 8 floats an image, 1 modulo 32 a channel) put the lanes of an
+// comes in chunks of BLOCKS blocks. Sums therefore have a fixed order. Their pitches (4 modulo 8 floats an image, 1
+// modulo 32 a channel) put the lanes of an
 // addition into different banks where four neighbouring channels of a job differ modulo 4.
 //
 // A stride spreads dy out in the tile; the zeros between are multiplied like all else. Positions of one remainder of
@@ -22,13 +23,15 @@ constexpr int KERNEL_UNITS = 2 * ENTRIES + 1;  // weights of a channel, (filter,
 
 // Copy the weights of `kernels` neighbouring kernels of a block of filters, all filters of a kernel together.
 __device__ __forceinline__ void copy_weights(Unit* to, const Element* values, int kernels, int stride) {
-  constexpr int WIDTH = ENTRIES % 2 ? 1 : 2, WORDS = ENTRIES / WIDTH;
+  constexpr int WIDTH = ENTRIES % 2 ? 1 : ENTRIES % 4 ? 2 : 4, WORDS = ENTRIES / WIDTH;
   Element* const rows = reinterpret_cast<Element*>(to);
   for (int filter = threadIdx.x / 32; filter < FILTERS; filter += THREADS / 32)
     for (int word = threadIdx.x % 32; word < kernels * WORDS; word += 32) {
       Element* target = rows + word / WORDS * KERNEL_UNITS * IMAGES + filter * ENTRIES + word % WORDS * WIDTH;
       const Element* source = values + filter * stride + word * WIDTH;
-      if constexpr (WIDTH == 2)
+      if constexpr (WIDTH == 4)
+        copy_async2(target, source);
+      else if constexpr (WIDTH == 2)
         copy_async(reinterpret_cast<int*>(target), reinterpret_cast<const int*>(source), true);
       else
         *target = *source;
@@ -105,10 +108,15 @@ __device__ __forceinline__ void store_gradient(const float* sums, Element* dx, V
     const int row = view.top + pixel / RECT_COLUMNS, column = view.left + pixel % RECT_COLUMNS;
     if (first + channel >= channels || n >= images || row >= in_h || column >= in_w) continue;
     const float* from = sums + channel * SUM_CHANNEL + image % IMAGES * SUM_IMAGE + image / IMAGES * PIXELS + pixel;
-    Packed<Element, VECTOR> packed;
+    Element* target = dx + ((n * channels + first + channel) * in_h + row) * in_w + column;
+    if constexpr (VECTOR == 1) {
+      from_float(from[0], *target);
+    } else {
+      Packed<unsigned, (VECTOR + 1) / 2> packed;
 #pragma unroll
-    for (int i = 0; i < VECTOR; ++i) from_float(from[i], packed.items[i]);
-    store_packed(dx + ((n * channels + first + channel) * in_h + row) * in_w + column, packed);
+      for (int i = 0; i < VECTOR / 2; ++i) packed.items[i] = round_pair(from[2 * i], from[2 * i + 1], Element{});
+      store_packed(reinterpret_cast<unsigned*>(target), packed);
+    }
   }
 }
 
@@ -119,12 +127,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     tensor_input(const Element* dy, const Element* values, Element* dx, const int* taps, const int* jobs,
                  const int* bounds, const int* kernels, const int* strides, int images, int channels, int in_h,
                  int in_w, int filters, int out_h, int out_w, int rects_h, int rects_w, int sets, int most_kernels) {
+  filters = known<Input::depth>(filters), out_h = known<Input::height>(out_h), out_w = known<Input::image_width>(out_w);
+  channels = known<TARGET_DEPTH>(channels), in_h = known<TARGET_ROWS>(in_h), in_w = known<TARGET_COLUMNS>(in_w);
+  rects_h = known<(TARGET_ROWS + RECT_ROWS - 1) / RECT_ROWS>(rects_h);
+  rects_w = known<(TARGET_COLUMNS + RECT_COLUMNS - 1) / RECT_COLUMNS>(rects_w);
   const int block_units = most_kernels * KERNEL_UNITS;
   Unit* const tiles = reinterpret_cast<Unit*>(shared_memory());
   Unit* const weights = tiles + 2 * Input::units;
   float* const sums = reinterpret_cast<float*>(weights + 2 * BLOCKS * block_units);
   const int set = blockIdx.x % sets, rect = blockIdx.x / sets, blocks = filters / FILTERS;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = warp % PARTS;
+  const int worker = (THREADS / 32 - 1 - warp) / PARTS;  // the last warps first: small copies are of the first ones
   const View to{rect / (rects_w * rects_h) * IMAGES * Input::groups, rect / rects_w % rects_h * RECT_ROWS,
                 rect % rects_w * RECT_COLUMNS, 0, 0};
   const View from{to.image, to.top - PADDING_ROWS, to.left - PADDING_COLUMNS, 0, 0};
@@ -143,19 +156,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     for (int slot = 0; slot < count; ++slot)
       copy_weights(weights + (next * BLOCKS + slot) * block_units, values + kernel[2 * (first + slot)],
                    kernel[2 * (first + slot) + 1], strides[first + slot]);
-    if (count > 0)
-      copy_tile(Input{}, tiles + next * Input::units, dy, from, first * FILTERS, count * FILTERS, images, filters,
-                out_h, out_w);
-    for (int slot = 0; slot < BLOCKS && chunk >= 0 && chunk * BLOCKS + slot < blocks; ++slot) {
-      if (slot) __syncthreads();
-      const int block = chunk * BLOCKS + slot, buffer = chunk % 2;
-      const Unit* tile = tiles + buffer * Input::units + slot * FILTERS * Input::channel_pitch;
-      for (int number = bound[block] + warp / PARTS; number < bound[block + 1]; number += THREADS / 32 / PARTS) {
-        const int* job = jobs + number * JOB_WORDS;
-        choose_job<COLUMNS>(job[1], job, taps + job[0] * DEPTH, tile,
-                            weights + (buffer * BLOCKS + slot) * block_units, pixels, sums + part * TILES * 2);
+#pragma unroll 1
+    for (int turn = 0; turn < 2; ++turn)
+      if (copies_now(turn)) {
+        if (count > 0)
+          copy_tile(Input{}, tiles + next * Input::units, dy, from, first * FILTERS, count * FILTERS, images, filters,
+                    out_h, out_w);
+      } else {
+        for (int slot = 0; slot < BLOCKS && chunk >= 0 && chunk * BLOCKS + slot < blocks; ++slot) {
+          if (slot) __syncthreads();
+          const int block = chunk * BLOCKS + slot, buffer = chunk % 2;
+          const Unit* tile = tiles + buffer * Input::units + slot * FILTERS * Input::channel_pitch;
+          for (int number = bound[block] + worker; number < bound[block + 1]; number += THREADS / 32 / PARTS) {
+            const int* job = jobs + number * JOB_WORDS;
+            choose_job<COLUMNS>(job[1], job, taps + job[0] * DEPTH, tile,
+                                weights + (buffer * BLOCKS + slot) * block_units, pixels, sums + part * TILES * 2);
+          }
+        }
       }
-    }
   }
   __syncthreads();
   store_gradient(sums, dx, to, set * CHANNELS, images, channels, in_h, in_w);

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Literal
 
-from clicktrain.kernels.cuda.codegen import ELEMENTS, LANES, Dtype, Pair, _source
+from clicktrain.kernels.cuda.codegen import ELEMENTS, Dtype, Pair, _source
+from clicktrain.kernels.cuda.region import LANES
 
 IMAGES = 8
 """Images of a unit: 16 bytes of one pixel, a row of `ldmatrix`."""
@@ -44,6 +45,8 @@ class Tile:
         Pixels of the image that are read at once: 1, 2 or 4.
     spread : (int, int)
         Tile pixels for one pixel of the image.
+    image : (int, int, int)
+        Channels, rows and columns of the image, where the text is for one size only; 0: told at launch.
     """
 
     channels: int
@@ -56,6 +59,7 @@ class Tile:
     whole: tuple[bool, bool]
     width: int
     spread: Pair = (1, 1)
+    image: tuple[int, int, int] = (0, 0, 0)
 
     @property
     def units(self) -> int:
@@ -66,7 +70,7 @@ class Tile:
         """Return the declaration of the tile's type."""
         numbers = (
             self.channels, self.groups, *self.size, self.row_pitch, self.group_pitch, self.channel_pitch, *self.copied,
-            *map(int, self.whole), self.width, *self.spread,
+            *map(int, self.whole), self.width, *self.spread, *self.image,
         )  # fmt: skip
         return f"using {name} = Tile<{', '.join(map(str, numbers))}>;"
 
@@ -104,6 +108,10 @@ class TensorSpec:
         Pixels that are written at once.
     buffers : int
         Tiles in shared memory: one is used while the other is filled.
+    target : (int, int, int)
+        Channels, rows and columns of the images that positions are of; as `Tile.image`.
+    whole_groups : bool
+        Whether each group of images that is read has all of its 8.
     """
 
     function: Function
@@ -122,6 +130,8 @@ class TensorSpec:
     columns: int = 0
     vector: int = 1
     buffers: int = 2
+    target: tuple[int, int, int] = (0, 0, 0)
+    whole_groups: bool = False
 
     @property
     def positions(self) -> int:
@@ -135,12 +145,21 @@ class TensorSpec:
         return 4 + ceil(max(0, least - 4) / 8) * 8
 
     @property
+    def zeros(self) -> int:
+        """Units of zeros, as far apart as a warp's positions of the forward pass in a tile."""
+        (rows, columns), last = self.rect, self.tiles - 1
+        row, column, group = last // columns % rows, min(last, columns - 1), last // (rows * columns)
+        row = rows - 1 if group else row
+        tile = self.input
+        return group * tile.group_pitch + row * self.stride[0] * tile.row_pitch + column * self.stride[1] + 1
+
+    @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block of threads, for the input gradient without the weights."""
         tiles = self.buffers * UNIT_BYTES * (self.input.units + (self.output.units if self.output else 0))
         sums = 4 * (IMAGES * self.image_pitch + 1)  # of a filter or channel
         if self.function == "forward":
-            return max(tiles + UNIT_BYTES, self.warps * 8 * sums)
+            return tiles + UNIT_BYTES * self.zeros
         return tiles + self.channels * sums
 
     def weight_bytes(self, kernels: int) -> int:
@@ -168,11 +187,13 @@ def _constants(spec: TensorSpec) -> dict[str, int]:
         "ENTRIES": spec.entries, "PARTS": spec.parts, "TILES": spec.tiles, "POSITIONS": spec.positions,
         "RECT_ROWS": spec.rect[0], "RECT_COLUMNS": spec.rect[1], "STRIDE_ROWS": spec.stride[0],
         "STRIDE_COLUMNS": spec.stride[1], "PADDING_ROWS": spec.padding[0], "PADDING_COLUMNS": spec.padding[1],
+        "TARGET_DEPTH": spec.target[0], "TARGET_ROWS": spec.target[1], "TARGET_COLUMNS": spec.target[2],
+        "WHOLE_GROUPS": int(spec.whole_groups),
     }  # fmt: skip
     if spec.function == "grad_input":
         constants |= {"CHANNELS": spec.channels, "COLUMNS": spec.columns}
     if spec.function != "grad_values":
         constants["VECTOR"] = spec.vector
     if spec.function == "forward":
-        constants["BUFFERS"] = spec.buffers
+        constants |= {"BUFFERS": spec.buffers, "ZEROS": spec.zeros}
     return {**constants, "BLOCKS": spec.blocks} if spec.function != "grad_values" else constants

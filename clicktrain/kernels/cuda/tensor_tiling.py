@@ -10,7 +10,7 @@ from math import ceil, gcd
 from clicktrain.kernels.cuda.codegen import Dtype, Pair
 from clicktrain.kernels.cuda.tensor_estimate import estimate
 from clicktrain.kernels.cuda.tensor_geometry import Geometry, following, read_width
-from clicktrain.kernels.cuda.tensor_text import FILTERS, RESIDENT_WARPS, UNIT_BYTES, TensorSpec, Tile
+from clicktrain.kernels.cuda.tensor_text import FILTERS, IMAGES, RESIDENT_WARPS, UNIT_BYTES, TensorSpec, Tile
 from clicktrain.kernels.cuda.tiling import Limits
 from clicktrain.kernels.plan import Plan
 from clicktrain.patterns import PRUNED
@@ -27,17 +27,32 @@ MOST_CHANNELS = 64
 
 def forward_spec(plan: Plan, dtype: Dtype, limits: Limits) -> TensorSpec:
     """Choose how the forward pass is cut up: the candidate with the smallest estimated time."""
-    return min(forward_candidates(plan, dtype, limits), key=lambda spec: estimate(spec, plan, limits))
+    return _for_one_size(
+        min(forward_candidates(plan, dtype, limits), key=lambda spec: estimate(spec, plan, limits)), plan
+    )
 
 
 def input_spec(plan: Plan, dtype: Dtype, limits: Limits) -> TensorSpec:
     """Choose how the input gradient is cut up."""
-    return min(input_candidates(plan, dtype, limits), key=lambda spec: estimate(spec, plan, limits))
+    return _for_one_size(
+        min(input_candidates(plan, dtype, limits), key=lambda spec: estimate(spec, plan, limits)), plan
+    )
 
 
 def values_spec(plan: Plan, dtype: Dtype, limits: Limits) -> TensorSpec:
     """Choose how the gradient of the values is cut up."""
-    return min(values_candidates(plan, dtype, limits), key=lambda spec: estimate(spec, plan, limits))
+    return _for_one_size(
+        min(values_candidates(plan, dtype, limits), key=lambda spec: estimate(spec, plan, limits)), plan
+    )
+
+
+def _for_one_size(spec: TensorSpec, plan: Plan) -> TensorSpec:
+    """Return the specification with the sizes of a plan in the text, where they save instructions."""
+    x, y = plan.input_shape[1:], (plan.index.shape[0], *plan.output_shape[2:])
+    source, target = (y, x) if spec.function == "grad_input" else (x, y)
+    whole = plan.input_shape[0] % (IMAGES * spec.input.groups) == 0
+    made = replace(spec, input=replace(spec.input, image=source), target=target, whole_groups=whole)
+    return replace(made, output=replace(spec.output, image=y)) if spec.output else made
 
 
 def forward_candidates(plan: Plan, dtype: Dtype, limits: Limits) -> list[TensorSpec]:
@@ -51,7 +66,7 @@ def forward_candidates(plan: Plan, dtype: Dtype, limits: Limits) -> list[TensorS
             spec = TensorSpec(
                 "forward", dtype, plan.pool.entries, warps, blocks, parts, tiles, rect, geometry.stride,
                 geometry.padding, geometry.tile(rect, groups, 1),
-                vector=_vector(geometry, rect) if tiles % 2 == 0 else 1,
+                vector=_vector(geometry, rect, tiles),
             )  # fmt: skip
             found += _with_channels(spec, plan.input_shape[1], limits)
     return found
@@ -66,7 +81,8 @@ def input_candidates(plan: Plan, dtype: Dtype, limits: Limits) -> list[TensorSpe
         for rect, groups in geometry.cuts(2 * parts * tiles, plan.input_shape[0]):
             spec = TensorSpec(
                 "grad_input", dtype, plan.pool.entries, warps, blocks, parts, tiles, rect, geometry.stride,
-                geometry.padding, geometry.tile(rect, groups, FILTERS * blocks), vector=_vector(geometry, rect),
+                geometry.padding, geometry.tile(rect, groups, FILTERS * blocks),
+                vector=_vector(geometry, rect, 2 * parts * tiles),
             )  # fmt: skip
             found += _with_sums(spec, plan, limits)
     return found
@@ -114,7 +130,7 @@ def values_candidates(plan: Plan, dtype: Dtype, limits: Limits) -> list[TensorSp
     """Return the ways to cut up the gradient of the values that are worth a thought."""
     geometry, (filters, channels) = Geometry.forward(plan), plan.index.shape
     found = []
-    for warps, parts, blocks, tiles in product(_warps(limits), (8, 4, 2, 1), (8, 4, 2, 1), (8, 4, 2)):
+    for warps, parts, blocks, tiles in product(_warps(limits), (8, 4, 2, 1), (8, 4, 2, 1), (6, 4, 2)):
         if parts > warps or warps % parts or blocks > filters // FILTERS:
             continue
         cuts = {cut for most in POSITIONS for cut in geometry.cuts(most, plan.input_shape[0])}
@@ -148,7 +164,7 @@ def _with_channels(spec: TensorSpec, channels: int, limits: Limits) -> list[Tens
         if resident > 1 and resident * spec.warps > RESIDENT_WARPS:
             continue
         buffers = 1 if single and spec.function == "forward" else 2
-        fixed = UNIT_BYTES * (1 + buffers * (spec.output.units if spec.output else 0))
+        fixed = UNIT_BYTES * (spec.zeros + buffers * (spec.output.units if spec.output else 0))
         room = (limits.shared_bytes // resident - fixed) // (UNIT_BYTES * buffers * spec.input.channel_pitch)
         most = min(channels if single else MOST_CHANNELS, channels, room)
         if most < 1 or (buffers == 1 and most < channels):
@@ -164,6 +180,12 @@ def _warps(limits: Limits) -> list[int]:
     return sorted({min(w, limits.warps) for w in (16, 8, 4)}, reverse=True)
 
 
-def _vector(geometry: Geometry, rect: Pair) -> int:
-    """Return how many neighbouring pixels of a rectangle can be read or written at once."""
-    return 2 if geometry.target[1] % 2 == rect[1] % 2 == 0 else 1
+def _vector(geometry: Geometry, rect: Pair, positions: int) -> int:
+    """Return how many neighbouring pixels of a rectangle can be written at once: of a row, or of several whole ones."""
+    rows, columns = geometry.target
+    for vector in (8, 4, 2):
+        of_row = columns % vector == rect[1] % vector == 0
+        of_rows = rect[1] == columns and rows % rect[0] == 0 == rect[0] * columns % vector
+        if (of_row or of_rows) and positions % vector == 0:
+            return vector
+    return 1

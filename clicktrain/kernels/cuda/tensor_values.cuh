@@ -25,13 +25,21 @@ __device__ __forceinline__ void copy_both(Unit* buffer, const Element* x, const 
 }
 
 // Add the products of a part of the pixels in a buffer; `rows` are the places of this lane's entries.
-__device__ __forceinline__ void accumulate(const Unit* buffer, int slot, int steps, int part,
-                                           const int (&rows)[TILES], float (&sum)[TILES][2][4]) {
-  const int lane = threadIdx.x % 32;
+__device__ __forceinline__ void accumulate(const Unit* buffer, int slot, int steps, const int (&rows)[TILES],
+                                           float (&sum)[TILES][2][4]) {
+  const int thread = thread_now(), lane = thread % 32, part = thread / 32 % PARTS;
   const Unit* filter = buffer + Input::units + (slot * FILTERS + lane % 16) * Output::channel_pitch + lane / 16;
-  for (int pair = part; pair < PAIRS; pair += PARTS) {
+  const int second = lane / 8 % 2;
+  // Unrolled, the places of all pairs are constants, as far as one part's pairs are like the first one.
+  constexpr int TURNS = (PAIRS + PARTS - 1) / PARTS;
+  constexpr bool ALIKE = alike(2 * PARTS) && RECT_COLUMNS % 2 == 0;
+  const Unit* const first = buffer + (ALIKE ? place_at(Input{}, 2 * part + second) : 0);
+#pragma unroll(TURNS <= 16 ? TURNS : 1)
+  for (int turn = 0; turn < TURNS; ++turn) {
+    const int pair = turn * PARTS + part;
+    if (pair >= PAIRS) break;
     const Packed<unsigned, 4> a = load_matrices<false>(filter + 2 * pair);
-    const Unit* pixel = buffer + place_of(Input{}, 2 * pair + lane / 8 % 2);
+    const Unit* pixel = first + (ALIKE ? place_at(Input{}, 2 * PARTS * turn) : place_of(Input{}, 2 * pair + second));
 #pragma unroll
     for (int i = 0; i < TILES; ++i) {
       if (i >= steps) break;
@@ -49,17 +57,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
                   const int* strides, const int* jobs, const int* pieces, int images, int channels, int in_h, int in_w,
                   int filters, int out_h, int out_w, int rects_h, int rects_w, int walks, int piece_count, int splits,
                   int count) {
+  channels = known<Input::depth>(channels), in_h = known<Input::height>(in_h), in_w = known<Input::image_width>(in_w);
+  filters = known<TARGET_DEPTH>(filters), out_h = known<TARGET_ROWS>(out_h), out_w = known<TARGET_COLUMNS>(out_w);
+  rects_h = known<(TARGET_ROWS + RECT_ROWS - 1) / RECT_ROWS>(rects_h);
+  rects_w = known<(TARGET_COLUMNS + RECT_COLUMNS - 1) / RECT_COLUMNS>(rects_w);
   Unit* const buffers = reinterpret_cast<Unit*>(shared_memory());
   const int piece = blockIdx.x % piece_count, split = blockIdx.x / piece_count;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = warp % PARTS;
   const int* job = jobs + (piece * (THREADS / 32 / PARTS) + warp / PARTS) * 3;
-  const int slot = job[0], first = job[1], steps = job[2];
+  const int slot = job[0], steps = job[2];
 
   int rows[TILES];
   float sum[TILES][2][4];
 #pragma unroll
   for (int i = 0; i < TILES; ++i) {
-    const int offset = i < steps ? offsets[first + 16 * i + lane / 16 * 8 + lane % 8] : 0;
+    const int offset = i < steps ? offsets[job[1] + 16 * i + lane / 16 * 8 + lane % 8] : 0;
     rows[i] = offset < 0 ? 0 : offset;  // rows that only fill a step are not written
 #pragma unroll
     for (int j = 0; j < 8; ++j) sum[i][j / 4][j % 4] = 0.0f;
@@ -69,14 +81,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   int buffer = 0;
   for (int walk = split - splits; walk < walks; walk += splits, buffer ^= 1) {
     __syncthreads();
-    if (walk + splits < walks)
-      copy_both(buffers + (buffer ^ 1) * BUFFER, x, dy, walk + splits, pieces[2 * piece] * FILTERS,
-                pieces[2 * piece + 1], images, channels, in_h, in_w, filters, out_h, out_w, rects_h, rects_w);
-    if (walk >= 0 && slot >= 0) accumulate(buffers + buffer * BUFFER, slot, steps, part, rows, sum);
+#pragma unroll 1
+    for (int turn = 0; turn < 2; ++turn)
+      if (copies_now(turn)) {
+        if (walk + splits < walks)
+          copy_both(buffers + (buffer ^ 1) * BUFFER, x, dy, walk + splits, pieces[2 * piece] * FILTERS,
+                    pieces[2 * piece + 1], images, channels, in_h, in_w, filters, out_h, out_w, rects_h, rects_w);
+      } else if (walk >= 0 && slot >= 0) {
+        accumulate(buffers + buffer * BUFFER, slot, steps, rows, sum);
+      }
   }
   if (slot < 0) return;
 
-  const int stride = strides[pieces[2 * piece] + slot];
+  const int first = job[1], stride = strides[pieces[2 * piece] + slot];
   float* const mine = partial + (split * PARTS + part) * count + lane / 4 * stride;
 #pragma unroll
   for (int i = 0; i < TILES; ++i) {

@@ -29,7 +29,9 @@ class Configuration:
     Attributes
     ----------
     tile, patch : (int, int)
-        Output pixels of a lane in the convolutions, and in the gradient of the values.
+        Output pixels of a lane in the convolutions, and in the gradient of the values, which divide outputs.
+    lanes : (int, int, int)
+        Patches of a block along images, rows and columns in the convolutions.
     columns : int
         Widths of outputs are multiples of this, and that many columns are written at once.
     """
@@ -44,22 +46,22 @@ class Configuration:
     warps: int = 2
     channels: int = 3
     columns: int = 1
+    lanes: tuple[int, int, int] = (4, 2, 3)
 
     def convolution(self, layer: Layer, dtype: Dtype) -> ConvolutionSpec:
         """Return the specification for either direction."""
         tile = tuple(-(-t // s) * s for t, s in zip(self.tile, layer.spread, strict=True))
-        made = tiling.cut(layer, dtype, tile, self.slots, self.images, self.warps, trim=False)
+        made = tiling.cut(layer, dtype, tile, self.slots, self.images, self.lanes, self.warps, trim=False)
         pairs = ((0, 1),) if self.slots == 2 else ()
         sets = (*((slot,) for slot in range(self.slots)), *pairs)
         return replace(made, warps=self.warps, channels=self.channels, sets=sets, vector=self.columns)
 
     def gradient(self, layer: Layer, dtype: Dtype) -> GradientSpec:
         """Return the specification for the gradient of the values."""
-        return GradientSpec(
-            dtype, layer.kernel_size, layer.patterns, self.warps, tasks=2, task_filters=2, images=self.images,
-            tile=self.patch, stride=layer.stride, start=(-layer.padding[0], -layer.padding[1]), filters=3,
-            channels=self.channels,
-        )  # fmt: skip
+        made = tiling.gradient_cut(
+            layer, dtype, self.patch, self.images, (3, 1, 1), 2, 3, self.warps, 1, tiling.Limits(64 << 10, 4)
+        )
+        return replace(made, filters=3, channels=self.channels, planes=(0, 0))
 
     @contextmanager
     def used(self) -> Iterator[None]:
@@ -77,7 +79,7 @@ class Configuration:
         """Draw a small convolution of any shape."""
         k, sizes = self.pool.kernel_size, []
         for stride, padding, patch in zip(self.stride, self.padding, self.patch, strict=True):
-            out = int(random.integers(patch, 9))
+            out = patch * int(random.integers(1, 8 // patch + 1))
             sizes.append(max(1, (out - 1) * stride + k - 2 * padding + int(random.integers(0, stride))))
         if self.columns > 1:  # both directions write whole vectors
             sizes[1] = self.columns * int(random.integers(1, 4))

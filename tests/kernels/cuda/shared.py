@@ -42,6 +42,8 @@ class Configuration:
     ----------
     width : int
         Pixels that are read at once, at most: widths of x and y are multiples of it.
+    vector : int
+        Pixels that are written at once; 0: as many as are read, up to 2.
     """
 
     pool: PatternPool
@@ -55,6 +57,7 @@ class Configuration:
     blocks: int = 2
     channels: int = 3
     columns: int = 1
+    vector: int = 0
 
     @contextmanager
     def used(self) -> Iterator[None]:
@@ -81,7 +84,7 @@ class Configuration:
         return TensorSpec(
             "forward", dtype, self.pool.entries, self.warps, self.warps // self.parts, self.parts, tiles + tiles % 2,
             self.rect, self.stride, self.padding, geometry.tile(self.rect, self.groups, self.channels),
-            vector=min(2, self.width),
+            vector=self.vector or min(2, self.width),
         )  # fmt: skip
 
     def input_spec(self, made: Plan, dtype: Dtype, limits: object) -> TensorSpec:
@@ -93,7 +96,7 @@ class Configuration:
             "grad_input", dtype, self.pool.entries, self.warps, self.blocks, self.parts,
             -(-self._positions() // (2 * self.parts)), self.rect, (1, 1), padding,
             geometry.tile(self.rect, self.groups, 16 * self.blocks), channels=2 * self.channels, columns=self.columns,
-            vector=min(2, self.width),
+            vector=self.vector or min(2, self.width),
         )  # fmt: skip
 
     def values_spec(self, made: Plan, dtype: Dtype, limits: object) -> TensorSpec:
@@ -112,8 +115,9 @@ class Configuration:
             out = int(random.integers(rect, max(7, rect + 1)))
             sizes.append(max(1, (out - 1) * stride + k - 2 * padding + int(random.integers(0, stride))))
         if self.width > 1:  # both directions copy and write words
-            least = -(-self.rect[1] // self.width)
-            sizes[1] = self.width * int(random.integers(least, least + 2))
+            multiple = max(self.width, self.vector)
+            least = -(-self.rect[1] // multiple)
+            sizes[1] = multiple * int(random.integers(least, least + 2))
         filters, channels = 16 * int(random.integers(1, 4)), int(random.integers(1, 12))
         density = float(random.choice((0.0, 0.1, 0.3, 0.6, 1.0), p=(0.05, 0.2, 0.3, 0.25, 0.2)))
         return SharedCase(
@@ -131,6 +135,10 @@ CONFIGURATIONS = {
     "squares, words": Configuration(official_pool(4), rect=(2, 4), width=2, parts=2, columns=2),
     "squares, two groups": Configuration(official_pool(4), rect=(1, 2), groups=2, width=2, warps=4, parts=2),
     "squares, four pixels at once": Configuration(official_pool(4), rect=(1, 10), width=4, channels=4),
+    "squares, eight pixels written at once": Configuration(
+        official_pool(4), rect=(1, 16), width=4, warps=4, parts=2, vector=8
+    ),
+    "squares, sectors exchanged": Configuration(official_pool(4), rect=(2, 16), width=4, parts=2, vector=8),
     "squares, stride 2": Configuration(official_pool(4), stride=(2, 2), rect=(2, 2), warps=4, parts=2),
     "single taps, much padding": Configuration(all_patterns(1), padding=(3, 2), rect=(1, 3), channels=5),
     "nine taps, no padding": Configuration(all_patterns(9), padding=(0, 0), rect=(1, 2), channels=2),

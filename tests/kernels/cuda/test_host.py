@@ -115,13 +115,16 @@ def test_deleting_any_barrier_or_wait_is_noticed(kernel, number, units):
 MUTANTS = {
     "one buffer for two chunks": ("buffer = next % 2;", "buffer = chunk % 2 * 0;"),
     "one buffer for two groups": ("(buffer ^ 1) * BUFFER", "buffer * BUFFER"),
-    "reads below the image": (" && row < in_h && ", " && "),
-    "reads beyond the last image": ("image < images && row >= 0", "row >= 0"),
-    "writes beyond the last image": ("if (place.image + image >= images) continue;", ""),
-    "writes below the image": ("if (place.top + row >= out_h) continue;", ""),
-    "writes right of the image": ("if (place.left + column >= out_w) continue;", ""),
+    "reads below the image": (" && x_row < in_h && ", " && "),
+    "reads beyond the last image": ("x_image < images && x_row >= 0", "x_row >= 0"),
+    "the gradient reads below the image": (" && row + r < height && ", " && "),
+    "the gradient reads beyond the last image": ("image + i < images && row + r >= 0", "row + r >= 0"),
+    "writes beyond the last image": ("if (patch.image + image * LANE_IMAGES >= images) continue;", ""),
+    "writes below the image": ("if (top + row >= out_h) continue;", ""),
+    "writes right of the image": ("if (left + column >= out_w) continue;", ""),
     "a warp reads another's program": ("words + words[2 * warp]", "words + words[0]"),
-    "pixels of dy counted twice": (" && row >= place.skip_rows && column >= place.skip_columns", ""),
+    "lanes without a patch are counted": ("  if (lane >= SEATS) {", "  if (false) {"),
+    "the region of another chunk": ("order + channel, first", "order, first"),
     "a diverging barrier": ("    __syncthreads();", "    if (lane) __syncthreads();"),
 }  # fmt: skip
 
@@ -199,9 +202,9 @@ def test_a_fused_epilogue(launcher):
 def test_nan_under_pruned_taps_does_not_spread(launcher):
     index = torch.full((2, 2), PRUNED, dtype=torch.uint8)
     index[0, 0] = 3  # the square up and left
-    made = plan(index, SQUARES, (1, 2, 6, 7), 1, 1)
+    made = plan(index, SQUARES, (1, 2, 6, 8), 1, 1)
     x = torch.randn(made.input_shape)
-    x[0, 1], x[0, 0, 5, 6] = torch.nan, torch.inf  # a channel of no kernel; a corner that only the last pixel reads
+    x[0, 1], x[0, 0, 5, 7] = torch.nan, torch.inf  # a channel of no kernel; a corner that only the last pixel reads
     values, dy = torch.randn(made.values_shape), torch.randn(made.output_shape)
     with on_host(launcher), USED.used():
         y = backend.forward(x, values, made)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
 import sys
 import types
 
-import numpy as np
 import pytest
 import torch
 
@@ -14,19 +13,17 @@ from clicktrain.kernels.cuda import launch
 
 
 class Kernel:
+    """A kernel as CuPy loads it."""
+
     max_dynamic_shared_size_bytes = 0
-
-    def __init__(self, log):
-        self.log = log
-
-    def __call__(self, grid, block, arguments, *, shared_mem):
-        self.log.append((grid, block, arguments, shared_mem, self.max_dynamic_shared_size_bytes))
+    kernel = types.SimpleNamespace(ptr=4711)
 
 
 @pytest.fixture
 def log(monkeypatch):
     """Put a stand-in in CuPy's place that writes down what it is asked for."""
     entries = []
+    loaded = Kernel()
 
     class Module:
         def __init__(self, code, options, backend):
@@ -34,24 +31,28 @@ def log(monkeypatch):
 
         def get_function(self, name):
             entries.append(("function", name))
-            return Kernel(entries)
+            return loaded
 
-    def context(name):
-        def enter(*arguments):
-            entries.append((name, *arguments))
-            return contextlib.nullcontext()
+    def launch_kernel(function, *rest):
+        *shape, shared, stream, places, extra = rest
+        addresses = (ctypes.c_uint64 * 3).from_address(places)
+        arguments = [ctypes.c_uint64.from_address(address).value for address in addresses]
+        entries.append((function, tuple(shape), shared, stream, arguments, extra, loaded.max_dynamic_shared_size_bytes))
 
-        return enter
-
-    cuda = types.SimpleNamespace(Device=context("device"), ExternalStream=context("stream"), Stream=object)
-    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda, RawModule=Module))
+    driver = types.SimpleNamespace(launchKernel=launch_kernel)
+    runtime = types.SimpleNamespace(setDevice=lambda index: entries.append(("device", index)))
+    cuda = types.ModuleType("cupy.cuda")
+    cuda.driver, cuda.runtime = driver, runtime
+    cupy = types.ModuleType("cupy")
+    cupy.cuda, cupy.RawModule = cuda, Module
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setitem(sys.modules, "cupy.cuda", cuda)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=77))
-    caches = (launch._function, launch._module, launch._stream)
-    for cache in caches:
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: types.SimpleNamespace(cuda_stream=70 + index))
+    for cache in (launch._function, launch._module):
         cache.cache_clear()
     yield entries
-    for cache in caches:
+    for cache in (launch._function, launch._module):
         cache.cache_clear()
 
 
@@ -60,20 +61,38 @@ def test_a_launch(log):
     for _ in range(2):
         launch.CupyLauncher().launch("text", "convolve", 5, 64, 100_000, (x, None, 7))
     assert log[0] == ("device", 3)
-    assert log[1] == ("stream", 77, 3)
-    assert log[2] == ("module", "text", ("--std=c++17",), "nvrtc")
-    assert log[3] == ("function", "convolve")
-    grid, block, arguments, shared, allowed = log[4]
-    assert (grid, block, shared, allowed) == ((5,), (64,), 100_000, 100_000)
-    assert [type(a) for a in arguments] == [np.uint64, np.uint64, np.int32]
-    assert [int(a) for a in arguments] == [x.data_ptr(), 0, 7]
-    assert [entry for entry in log if entry[0] in ("module", "function")] == log[2:4]  # compiled once
+    assert log[1] == ("module", "text", ("--std=c++17",), "nvrtc")
+    assert log[2] == ("function", "convolve")
+    assert log[3] == (4711, (5, 1, 1, 64, 1, 1), 100_000, 73, [x.data_ptr(), 0, 7], 0, 100_000)
+    assert log[4:] == [("device", 3), log[3]]  # compiled and loaded once
 
 
 def test_little_shared_memory_needs_no_permission(log):
-    launch.CupyLauncher().launch("text", "arrange", 1, 256, 0, (torch.zeros(1),))
-    assert log[-1][3:] == (0, 0)
+    launch.CupyLauncher().launch("text", "finish", 1, 256, 0, (torch.zeros(1), 1, 2))
+    assert log[-1][2] == log[-1][-1] == 0
 
 
-def test_a_stream_of_torch_by_the_protocol():
-    assert launch._TorchStream(99).__cuda_stream__() == (0, 99)
+def test_another_device_is_current_only_for_the_launch(log, monkeypatch):
+    monkeypatch.setattr(launch, "Tensor", types.SimpleNamespace)
+    there = types.SimpleNamespace(device=types.SimpleNamespace(index=1), data_ptr=lambda: 1234)
+    launch.CupyLauncher().launch("text", "finish", 1, 256, 0, (there, 1, 2))
+    assert [entry for entry in log if entry[0] == "device"] == [("device", 1), ("device", 3)]
+    assert log[-2][3:5] == (71, [1234, 1, 2])
+
+
+def test_compiling_ahead_goes_to_all_cores_once(monkeypatch, tmp_path):
+    fake = tmp_path / "cupy.py"
+    fake.write_text(
+        "import pathlib, uuid\n"
+        "class RawModule:\n"
+        "    def __init__(self, code, options, backend):\n"
+        "        self.said = f'{code} {options} {backend}'\n"
+        "    def compile(self):\n"
+        f"        (pathlib.Path({str(tmp_path)!r}) / f'{{uuid.uuid4()}}.said').write_text(self.said)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(launch, "_ahead", set())
+    for _ in range(2):
+        launch.compile_ahead(["one", "two", "three", "one"])
+    said = sorted(path.read_text() for path in tmp_path.glob("*.said"))
+    assert said == [f"{text} ('--std=c++17',) nvrtc" for text in ("one", "three", "two")]

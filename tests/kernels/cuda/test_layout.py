@@ -9,7 +9,7 @@ import torch
 from clicktrain.assignment import assign
 from clicktrain.kernels import plan
 from clicktrain.kernels.cpu.layer import Layer
-from clicktrain.kernels.cuda import layout
+from clicktrain.kernels.cuda import layout, tiling
 from clicktrain.patterns import official_pool
 from tests.kernels.cases import Case
 from tests.kernels.cuda.configurations import CONFIGURATIONS
@@ -56,8 +56,52 @@ def test_filters_with_the_same_kernels_share_windows(share, windows):
 def test_tasks_hold_every_kernel_once():
     spec = USED.gradient(LAYER, "float32")
     made = layout.tasks(LAYER, spec)
-    numbers = made.words[..., 2 + spec.task_filters :]
-    assert sorted(numbers[numbers >= 0].tolist()) == list(range(len(LAYER.kernels.filters)))
+    patterns, numbers = made.words[..., 1::3], made.words[..., 3::3]
+    assert sorted(numbers[patterns >= 0].tolist()) == list(range(len(LAYER.kernels.filters)))
+    assert (patterns[made.words[..., 0] < 0] < 0).all()
     assert made.words.shape[1:] == (spec.tasks, spec.warps, spec.task_words)
     assert (made.pieces[:, 0] % spec.filters == 0).all()
     assert (made.pieces[:, 1] % spec.channels == 0).all()
+
+
+def test_warps_get_tasks_of_about_the_same_size():
+    layer = Layer.forward(Case(official_pool(4), 32, 24, 2, (8, 8), (1, 1), (1, 1), 0.3, seed=2).plan())
+    spec = tiling.gradient_cut(layer, "float32", (4, 4), 1, (2, 2, 2), 4, 4, 8, 1, tiling.Limits(227 << 10, 132))
+    made = layout.tasks(layer, spec)
+    kernels = (made.words[..., 1::3] >= 0).sum((1, 3))  # of each piece and warp
+    assert (kernels.max(1) <= 1.2 * kernels.mean(1)).all()
+
+
+def test_runs_are_cut_evenly():
+    keys = np.array([[0]] * 9 + [[1]] * 3 + [[2]] * 8)
+    part, place = layout._cut(keys, 8)
+    assert part.tolist() == [0] * 5 + [1] * 4 + [2] * 3 + [3] * 8
+    assert place.tolist() == [*range(5), *range(4), *range(3), *range(8)]
+
+
+def waiting(loads, order, size):
+    """Return by how much longer a block takes than its warps work on average, with barriers between chunks."""
+    chunks = -(-loads.shape[2] // size)
+    ordered = np.take_along_axis(loads, order[:, None], 2)
+    slowest = sum(ordered[:, :, c * size : (c + 1) * size].sum(2).max(1) for c in range(chunks))
+    return slowest.sum() / loads.sum(2).mean(1).sum()
+
+
+def test_channels_are_ordered_so_that_warps_wait_little():
+    loads = (np.random.default_rng(0).random((3, 16, 130)) < 0.28).astype(np.int64)
+    order = layout.order_channels(loads, 20)
+    assert (np.sort(order) == np.arange(130)).all()
+    by_number = np.tile(np.arange(130), (3, 1))
+    assert waiting(loads, by_number, 20) > 1.6
+    assert waiting(loads, order, 20) < 1.3
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 7), (1, 4, 20)])
+def test_any_number_of_channels_can_be_ordered(shape):
+    order = layout.order_channels(np.ones(shape, np.int64), 20)
+    assert (np.sort(order) == np.arange(shape[2])).all()
+
+
+def test_a_long_filter_shares_its_warp_with_a_short_one():
+    assert layout._long_with_short(np.array([4, 2, 0, 1, 3])).tolist() == [4, 3, 2, 1, 0]
+    assert layout._long_with_short(np.array([4, 2, 0, 1])).tolist() == [4, 1, 2, 0]

@@ -190,8 +190,8 @@ def right(units):
     return bits
 
 
-SYNCHRONISATION = r"(?<=\s)(__syncthreads|wait_for_copies|warp_barrier)\(\);"
-BARRIERS = {"tensor_forward.cuh": 4, "tensor_input.cuh": 4, "tensor_values.cuh": 1}
+SYNCHRONISATION = r"(?<=\s)(__syncthreads|wait_for_copies)\(\);"
+BARRIERS = {"tensor_forward.cuh": 1, "tensor_input.cuh": 4, "tensor_values.cuh": 1}
 BETWEEN_BLOCKS = ("tensor_input.cuh", 2)
 """Without this barrier sums are added in another order, which rounding to 16 bits mostly hides."""
 
@@ -237,13 +237,13 @@ MUTANTS = {
     "one buffer for two walks": ("buffers + (buffer ^ 1) * BUFFER", "buffers + buffer * BUFFER"),
     "one buffer for the weights": ("next * BLOCKS + slot", "slot"),
     "reads below the image": (" && row < height && ", " && "),
-    "reads beyond the last image": ("exists && i < there", "exists"),
+    "reads beyond the last image": ("WHOLE_GROUPS || i < there", "true"),
     "writes beyond the last image": ("n >= target.images || ", ""),
     "writes below the image": ("row >= target.out_h || ", ""),
     "writes right of the gradient": (" || column >= in_w", ""),
     "pixels of dy counted twice": ("left : most_left, top, left", "left : most_left, 0, 0"),
     "rows that fill a step": ("k < end; k += 16", "k < end - 16; k += 16"),
-    "images exchanged": ("second ? d : b, pixel", "second ? c : a, pixel"),
+    "images exchanged": ("words[2 * j + 1].items[i / 2], i", "words[2 * j].items[i / 2], i"),
     "another warp's job": ("+ warp / PARTS) * 3", "+ warp) * 3"),
     "a diverging barrier": ("__syncthreads();\n    const int first", "if (lane) __syncthreads();\n    const int first"),
 }  # fmt: skip

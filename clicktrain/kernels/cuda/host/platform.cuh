@@ -209,6 +209,8 @@ inline int launch(void (*entry)(void**), unsigned blocks, unsigned threads, size
 
 inline void __syncthreads() { host::yield(host::Waits::at_barrier); }
 
+inline int thread_now() { return int(threadIdx.x); }
+
 inline unsigned char* shared_memory() { return host::shared_bytes; }
 
 inline unsigned bits_of(float value) {
@@ -278,6 +280,25 @@ void copy_async(float* to, const Narrow* from, bool exists) {
   *to = exists ? to_float(*from) : 0.0f;
 }
 
+template <typename Narrow>
+void copy_async2(Narrow* to, const Narrow* from) {
+  host::check_aligned(to, 8);
+  host::check_aligned(from, 8);
+  for (int i = 0; i < 2; ++i) copy_word(reinterpret_cast<int*>(to) + i, reinterpret_cast<const int*>(from) + i, true);
+}
+
+inline void copy_async4(float* to, const float* from, bool exists) {
+  host::check_aligned(to, 16);
+  if (exists) host::check_aligned(from, 16);
+  for (int i = 0; i < 4; ++i) copy_word(to + i, exists ? from + i : from, exists);
+}
+template <typename Narrow>
+void copy_async4(float* to, const Narrow* from, bool exists) {
+  host::check_aligned(to, 16);
+  if (exists) host::check_aligned(from, 4 * sizeof(Narrow));
+  for (int i = 0; i < 4; ++i) to[i] = exists ? to_float(from[i]) : 0.0f;
+}
+
 inline void wait_for_copies() {
   auto& copies = host::fibers[host::current].copies;
   for (const host::Copy& copy : copies) *copy.to = copy.exists ? *copy.from : 0;
@@ -329,9 +350,16 @@ inline unsigned join_halves(unsigned first, unsigned second, bool upper) {
   return upper ? first >> 16 | (second & 0xffff0000) : (first & 0xffff) | second << 16;
 }
 
-inline void warp_barrier() {
-  host::fibers[host::current].shuffles++;
-  host::yield(host::Waits::in_warp);
+inline unsigned shuffle_xor(unsigned value, int distance) {
+  return bits_of(shuffle_xor(float_of(value), distance));
+}
+
+template <typename Narrow>
+unsigned round_pair(float first, float second, Narrow) {
+  Narrow low, high;
+  from_float(first, low);
+  from_float(second, high);
+  return low.bits | unsigned(high.bits) << 16;
 }
 
 template <bool Transposed>

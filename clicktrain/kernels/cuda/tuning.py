@@ -1,0 +1,216 @@
+"""How passes are cut up on a GPU: an estimate without measuring, or the fastest of a few that were measured.
+
+As on the CPU, every choice that is handed out is remembered and can be exported, imported and, if measured, kept on
+disk; only `tune` measures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from clicktrain.errors import BackendUnavailable, InvalidArgument
+from clicktrain.files import write_atomic
+from clicktrain.kernels import build
+from clicktrain.kernels.cpu.layer import Layer
+from clicktrain.kernels.cuda import codegen, tiling
+from clicktrain.kernels.cuda.codegen import ConvolutionSpec, Dtype, GradientSpec
+from clicktrain.kernels.cuda.launch import compile_ahead
+from clicktrain.kernels.cuda.region import Pair
+from clicktrain.kernels.cuda.tiling import Limits
+
+CANDIDATES = 6
+ROUNDS = 7
+FLUSH_BYTES = 128 << 20
+"""Written before each sample, so that operands come from memory as they do between two layers."""
+
+Spec = ConvolutionSpec | GradientSpec
+S = TypeVar("S", ConvolutionSpec, GradientSpec)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a specification depends on beside the layer.
+
+    Attributes
+    ----------
+    tile : (int, int)
+        Rows and columns of a patch.
+    images : int
+        Images of a patch.
+    warps, resident : int
+        Warps of a block, and blocks of a multiprocessor.
+    slots : int
+        Filters of a warp; for the gradient, kernels of a task.
+    tasks : int
+        For the gradient, tasks of a warp.
+    """
+
+    tile: Pair
+    images: int
+    warps: int
+    resident: int
+    slots: int
+    tasks: int = 0
+
+
+_choices: dict[str, Choice] = {}
+
+
+def choices() -> dict[str, dict[str, Any]]:
+    """Return all choices made so far as plain data, by fingerprint."""
+    return {key: asdict(choice) for key, choice in sorted(_choices.items())}
+
+
+def use_choices(made: Mapping[str, Mapping[str, Any]]) -> None:
+    """Make exported choices valid for all passes that are laid out from now on.
+
+    Raises
+    ------
+    InvalidArgument
+        If an entry is not what `choices` gives.
+    """
+    _choices.update({key: _parsed(key, fields) for key, fields in made.items()})
+
+
+def forget() -> None:
+    """Drop all choices."""
+    _choices.clear()
+
+
+def convolution_spec(layer: Layer, images: int, dtype: Dtype, limits: Limits) -> ConvolutionSpec:
+    """Return how to cut up a convolution pass: as tuned, imported or chosen before, else as estimated."""
+    return _spec(layer, images, dtype, limits, tiling.convolution_spec, tiling.candidates)
+
+
+def gradient_spec(layer: Layer, images: int, dtype: Dtype, limits: Limits) -> GradientSpec:
+    """Return how to cut up the gradient of the values, likewise."""
+    return _spec(layer, images, dtype, limits, tiling.gradient_spec, tiling.gradient_candidates)
+
+
+def likely(layer: Layer, images: int, dtype: Dtype, limits: Limits) -> list[ConvolutionSpec]:
+    """Return the convolution passes that are worth measuring, the estimate first, no two of them alike."""
+    ordered = sorted(
+        tiling.candidates(layer, images, dtype, limits),
+        key=lambda spec: tiling.estimate(spec, layer, images, limits),
+    )
+    different = {(tuple(sorted(spec.tile)), spec.images, spec.slots, spec.warps): spec for spec in reversed(ordered)}
+    return [spec for spec in ordered if spec in different.values()][:CANDIDATES]
+
+
+def fastest(specs: Sequence[S], run: Callable[[S], Callable[[], object]]) -> S:
+    """Return the specification whose runs have the smallest median, all measured in turn.
+
+    Parameters
+    ----------
+    specs : sequence
+        What to choose from.
+    run : callable
+        Lays out a specification and returns what launches it.
+    """
+    if len(specs) == 1:
+        return specs[0]
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    launches = [run(spec) for spec in specs]
+    samples: list[list[float]] = [[] for _ in specs]
+    for _ in range(ROUNDS + 1):  # the first round warms up
+        for launch, times in zip(launches, samples, strict=True):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            flush.zero_()
+            start.record()
+            launch()
+            end.record()
+            end.synchronize()
+            times.append(float(start.elapsed_time(end)))
+    medians = [statistics.median(times[1:]) for times in samples]
+    return specs[medians.index(min(medians))]
+
+
+def tune(
+    kind: type[S],
+    layer: Layer,
+    images: int,
+    dtype: Dtype,
+    limits: Limits,
+    candidates: Callable[[Layer, int, Dtype, Limits], list[S]],
+    run: Callable[[S], Callable[[], object]],
+) -> None:
+    """Choose the fastest way to cut up a pass: as found on disk, or else measured and written there."""
+    key = fingerprint(layer, images, dtype, limits, kind)
+    if (known := _read(key)) is not None:
+        _choices[key] = known
+        return
+    specs = candidates(layer, images, dtype, limits)
+    compile_ahead(map(codegen.unit, specs))
+    _choices[key] = choice_of(fastest(specs, run))
+    _write(key, _choices[key])
+
+
+def choice_of(spec: Spec) -> Choice:
+    """Return the choice that a specification was made from."""
+    if isinstance(spec, ConvolutionSpec):
+        return Choice(spec.tile, spec.images, spec.warps, spec.resident, spec.slots)
+    return Choice(spec.tile, spec.images, spec.warps, spec.resident, spec.task_kernels, spec.tasks)
+
+
+def fingerprint(layer: Layer, images: int, dtype: Dtype, limits: Limits, kind: type[Spec]) -> str:
+    """Return a name for all passes that are cut up alike."""
+    facts = (
+        layer.filters, layer.channels, len(layer.kernels.filters), layer.patterns, layer.kernel_size, layer.in_size,
+        layer.out_size, layer.stride, layer.spread, layer.padding, images, dtype, limits, kind.__name__,
+        codegen.sources(),
+    )  # fmt: skip
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+
+
+def _spec(
+    layer: Layer,
+    images: int,
+    dtype: Dtype,
+    limits: Limits,
+    estimated: Callable[[Layer, int, Dtype, Limits], S],
+    all_candidates: Callable[[Layer, int, Dtype, Limits], list[S]],
+) -> S:
+    spec = estimated(layer, images, dtype, limits)
+    key = fingerprint(layer, images, dtype, limits, type(spec))
+    choice = _choices.setdefault(key, choice_of(spec))
+    if choice == choice_of(spec):
+        return spec
+    found = (spec for spec in all_candidates(layer, images, dtype, limits) if choice_of(spec) == choice)
+    return next(found, spec)
+
+
+def _parsed(key: str, fields: Mapping[str, Any]) -> Choice:
+    try:
+        rows, columns = (int(size) for size in fields["tile"])
+        numbers = {name: int(fields[name]) for name in ("images", "warps", "resident", "slots", "tasks")}
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidArgument(
+            f"choice {key}={fields!r}: expected tile, images, warps, resident, slots and tasks"
+        ) from error
+    return Choice((rows, columns), **numbers)
+
+
+def _file(key: str) -> str:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"
+    return f"choice-{key}-{hashlib.sha256(device.encode()).hexdigest()[:16]}.json"
+
+
+def _read(key: str) -> Choice | None:
+    try:
+        return _parsed(key, json.loads((build.cache_directory() / _file(key)).read_text()))
+    except (BackendUnavailable, InvalidArgument, OSError, ValueError):
+        return None
+
+
+def _write(key: str, choice: Choice) -> None:
+    try:
+        write_atomic(build.cache_directory() / _file(key), json.dumps(asdict(choice)))
+    except (BackendUnavailable, OSError):
+        return  # measured again next time

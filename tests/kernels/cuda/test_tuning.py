@@ -1,0 +1,119 @@
+"""Choosing how passes are cut up: estimates, measured choices, checkpoints, the cache on disk."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from clicktrain.errors import InvalidArgument
+from clicktrain.kernels import build
+from clicktrain.kernels.cpu.layer import Layer
+from clicktrain.kernels.cuda import backend, tiling, tuning
+from clicktrain.kernels.cuda.codegen import ConvolutionSpec
+from clicktrain.kernels.cuda.tiling import CODE_BYTES, Limits
+from clicktrain.patterns import official_pool
+from tests.kernels.cases import Case
+
+H200 = Limits(227 << 10, 132)
+LAYER = Layer.forward(Case(official_pool(4), 64, 64, 128, (32, 32), (1, 1), (1, 1), 0.28, 1).plan())
+CONTEXT = (LAYER, 128, "float32", H200)
+
+
+@pytest.fixture(autouse=True)
+def forgotten(tmp_path, monkeypatch):
+    """Start with no choice, in memory or on disk."""
+    monkeypatch.setenv("CLICKTRAIN_CACHE_DIR", str(tmp_path))
+    assert build.cache_directory() == tmp_path
+    backend.forget()
+    yield
+    backend.forget()
+
+
+def test_candidates_fit_the_device():
+    found = tiling.candidates(*CONTEXT)
+    assert len(found) > 50
+    for spec in found:
+        assert spec.warps * 32 * spec.resident <= 1024
+        assert tiling.code_bytes(spec) <= CODE_BYTES
+        shared = tiling.shared_bytes(spec, 0, 0) + tiling.RESERVED_BYTES
+        assert spec.resident * shared <= H200.shared_bytes + tiling.RESERVED_BYTES
+
+
+def test_likely_candidates_start_with_the_estimate_and_differ():
+    found = tuning.likely(*CONTEXT)
+    assert found[0] == tiling.convolution_spec(*CONTEXT)
+    assert len({tuning.choice_of(spec) for spec in found}) == len(found) == tuning.CANDIDATES
+
+
+def test_a_choice_is_used_exported_and_imported():
+    first, second = tuning.likely(*CONTEXT)[:2]
+    assert tuning.convolution_spec(*CONTEXT) == first
+    exported = json.loads(json.dumps(backend.choices()))
+    (key,) = exported
+    exported[key] = json.loads(json.dumps(tuning.asdict(tuning.choice_of(second))))
+    backend.forget()
+    backend.use_choices(exported)
+    assert tuning.convolution_spec(*CONTEXT) == second
+    assert backend.choices()[key]["slots"] == second.slots
+
+
+def test_nonsense_is_no_choice():
+    with pytest.raises(InvalidArgument, match=r"choice k=.*expected tile, images"):
+        backend.use_choices({"k": {"tile": [1, 2]}})
+
+
+def test_the_measured_choice_is_kept_on_disk(monkeypatch):
+    wanted = tuning.likely(*CONTEXT)[3]
+    measured, compiled = [], []
+    monkeypatch.setattr(tuning, "compile_ahead", lambda texts: compiled.extend(texts))
+    monkeypatch.setattr(tuning, "fastest", lambda specs, run: measured.append(specs) or wanted)
+    for _ in range(2):
+        tuning.forget()
+        tuning.tune(ConvolutionSpec, *CONTEXT, tuning.likely, lambda spec: lambda: None)
+        assert tuning.convolution_spec(*CONTEXT) == wanted
+    assert len(measured) == 1  # the second time it was on disk
+    assert len(compiled) == tuning.CANDIDATES
+
+
+def test_the_fastest_is_the_one_with_the_smallest_median(monkeypatch):
+    specs, clock = tuning.likely(*CONTEXT)[:3], [0.0]
+    durations = {specs[0]: [3.0], specs[1]: [9.0, 1.0, 1.0], specs[2]: [2.0]}
+    calls = dict.fromkeys(specs, 0)
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.time = clock[0]
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return end.time - self.time
+
+    def run(spec):
+        def launch():
+            series = durations[spec]
+            clock[0] += series[calls[spec] % len(series)]
+            calls[spec] += 1
+
+        return launch
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(tuning.torch, "empty", lambda *a, **k: torch.zeros(1))
+    assert tuning.fastest(specs, run) == specs[1]
+
+
+@pytest.mark.parametrize(("pieces", "regions"), [(30, 128), (1, 7), (1000, 40), (131, 1)])
+def test_regions_are_divided_so_that_no_multiprocessor_works_much_longer(pieces, regions):
+    parts = tiling.splits(pieces, regions, 1, H200)
+    assert 1 <= parts <= regions
+
+    def rounds(parts):
+        return -(-pieces * parts // 132) * (-(-regions // parts) + 2)
+
+    assert rounds(parts) <= rounds(1)
