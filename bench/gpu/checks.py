@@ -13,6 +13,7 @@ from torch import Tensor
 
 from clicktrain.kernels import Plan, plan, reference
 from clicktrain.kernels.cuda import backend
+from clicktrain.kernels.cuda.launch import compile_ahead
 from clicktrain.patterns import PRUNED, PatternPool, all_patterns, full_pool, official_pool
 from clicktrain.timing import WrongResult, relative_error
 
@@ -61,8 +62,10 @@ def draw(random: np.random.Generator) -> Plan:
     stride, padding = GEOMETRIES[random.choice(len(GEOMETRIES), p=(0.4, 0.3, 0.1, 0.1, 0.1))]
     size = [max(int(random.choice(SIZES)), pool.kernel_size - 2 * p) for p in padding]
     filters, channels = (int(random.choice((1, 3, 16, 33, 64, 96))) for _ in range(2))
-    index = random.integers(0, len(pool), (filters, channels)).astype(np.uint8)
+    shared = 16 if filters % 16 == 0 and random.random() < 0.5 else 1  # where tensor cores serve
+    index = random.integers(0, len(pool), (filters // shared, channels)).astype(np.uint8)
     index[random.random(index.shape) >= random.choice((0.0, 0.1, 0.3, 0.6, 1.0))] = PRUNED
+    index = index.repeat(shared, 0)
     images = int(random.choice((1, 2, 7, 32, 65)))
     return plan(torch.from_numpy(index), pool, (images, channels, *size), stride, padding)
 
@@ -86,11 +89,14 @@ def check(convolutions: int, seconds: float, seed: int = 0, device: str = "cuda"
     WrongResult
         With the first error above the tolerance.
     """
-    random, start = np.random.default_rng(seed), time.perf_counter()
+    random = np.random.default_rng(seed)
+    types = [list(TOLERANCES)[number % len(TOLERANCES)] for number in range(convolutions)]
+    drawn = [draw(random) for _ in types]
+    if device == "cuda":
+        compile_ahead(text for made, dtype in zip(drawn, types, strict=True) for text in backend.units(made, dtype, 1))
+    start = time.perf_counter()
     cases, worst = 0, {f"{f} {d}": 0.0 for f in ("forward", "grad_input", "grad_values") for d in TOLERANCES}
-    for number in range(convolutions):
-        made = draw(random)
-        dtype = list(TOLERANCES)[number % len(TOLERANCES)]
+    for number, (made, dtype) in enumerate(zip(drawn, types, strict=True)):
         for name, got, want in runs(made, dtype, number, device):
             error = relative_error(got, want)
             if not error <= TOLERANCES[dtype]:

@@ -97,16 +97,26 @@ class Case:
         WrongResult
             If it does not compute what the reference does: its result is not the other contenders'.
         """
-        if self.shape.out_channels % SHARED_FILTERS:
+        if self.shared_plan is None:
             return {}
-        assignment = self.workload.assignment(share_filters=SHARED_FILTERS)
-        values = assignment.gather(self._unmasked).contiguous().to(self.x).bfloat16()
-        x, dy, made = self.x.bfloat16(), self.dy.bfloat16(), self._planned(assignment)
+        values = self._shared_assignment.gather(self._unmasked).contiguous().to(self.x).bfloat16()
+        x, dy, made = self.x.bfloat16(), self.dy.bfloat16(), self.shared_plan
         want = call(reference, function, x.float(), values.float(), dy.float(), made)
         error = relative_error(call(backend, function, x, values, dy, made), want)
         if not error <= SHARED_TOLERANCE:
             raise WrongResult(f"{SHARED}: relative error {error:.3g} of {function}, {self.workload.name}")
         return {SHARED: Contender(lambda: call(backend, function, x, values, dy, made), None)}
+
+    @cached_property
+    def _shared_assignment(self) -> Assignment:
+        return self.workload.assignment(share_filters=SHARED_FILTERS)
+
+    @cached_property
+    def shared_plan(self) -> kernels.Plan | None:
+        """The plan of the layer with shared filters; None where filters do not make whole blocks."""
+        if self.shape.out_channels % SHARED_FILTERS:
+            return None
+        return self._planned(self._shared_assignment)
 
     def _planned(self, assignment: Assignment) -> kernels.Plan:
         return kernels.plan(assignment, None, self.workload.input_shape, self.shape.stride, self.shape.padding)

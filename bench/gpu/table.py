@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -14,6 +14,8 @@ from torch import Tensor
 from bench.gpu.rivals import DENSE, FUNCTIONS, SHARED, SPARSE, Case
 from bench.suite.workloads import RESNET18, RESNET50_POINTWISE, VGG13, Workload
 from clicktrain import timing
+from clicktrain.kernels.cuda import backend
+from clicktrain.kernels.cuda.launch import compile_ahead
 
 COMPRESSIONS = (8.0, 4.5, 2.25, 12.0)
 """The most important first, in case time runs out."""
@@ -52,10 +54,23 @@ def workloads() -> list[Workload]:
     return [Workload(shape, batch, compression) for compression in COMPRESSIONS for shape, batch in layers]
 
 
+def prepare(cases: Sequence[Case]) -> None:
+    """Compile what the kernels of some layers are chosen from, on all cores, and choose; not timed."""
+    texts = []
+    for case in cases:
+        for dtype, candidates in ((torch.float32, None), (torch.bfloat16, 1)):
+            texts += backend.units(case.plan, dtype, candidates)
+        if case.shared_plan is not None:
+            texts += backend.units(case.shared_plan, torch.bfloat16)
+    compile_ahead(texts)
+    for case in cases:
+        backend.tune(case.plan)
+
+
 @torch.inference_mode()
-def measure(workload: Workload, rounds: int) -> list[Row]:
+def measure(case: Case, rounds: int) -> list[Row]:
     """Check and time the three functions of a workload."""
-    case, rows = Case(workload), []
+    workload, rows = case.workload, []
     for function in FUNCTIONS:
         contenders = case.contenders(function)
         truth = contenders["cuDNN fp32"]
@@ -76,20 +91,32 @@ def measure(workload: Workload, rounds: int) -> list[Row]:
     return rows
 
 
-def measure_all(rounds: int, seconds: float, limit: int | None = None) -> tuple[list[Row], list[str]]:
-    """Measure as many workloads as the time allows; return the rows, and the names of those left out."""
-    start, rows, left_out = time.perf_counter(), [], []
-    for workload in workloads()[:limit]:
-        if time.perf_counter() - start > seconds:
-            left_out.append(workload.name)
+def batches(limit: int | None = None) -> list[list[Workload]]:
+    """Return the workloads of each compression, at most so many in all."""
+    todo = workloads()[:limit]
+    return [[w for w in todo if w.compression == c] for c in dict.fromkeys(w.compression for w in todo)]
+
+
+def measure_all(layers: Sequence[Workload], rounds: int) -> tuple[list[Row], list[str]]:
+    """Compile for some workloads at once, then measure one after the other; return the rows, and what was wrong."""
+    wrong: list[str] = []
+    start, rows, cases = time.perf_counter(), [], [Case(workload) for workload in layers]
+    prepare(cases)
+    print(f"compiled and chose for {len(cases)} layers, {time.perf_counter() - start:.0f} s")
+    while cases:
+        try:
+            made = measure(cases.pop(0), rounds)
+        except timing.WrongResult as error:
+            wrong.append(str(error))
+            print(wrong[-1], flush=True)
             continue
-        rows += measure(workload, rounds)
-        print(*rows[-len(FUNCTIONS) :], sep="\n", flush=True)
+        print(*made, sep="\n", flush=True)
+        rows += made
         torch.cuda.empty_cache()
-    return rows, left_out
+    return rows, wrong
 
 
-def summary(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+def summary(rows: Sequence[Row], ceilings: Mapping[str, float]) -> dict[str, dict[str, float]]:
     """Return by "function compression" the geometric means over the layers, and the best layer against float32.
 
     The kernels for shared filters are in there as a rival, and over cuDNN in the same type, where a layer has them.
@@ -99,6 +126,8 @@ def summary(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
         these = [row for row in rows if (row.function, row.compression) == key]
         names = [name for name in these[0].speedups if all(name in row.speedups for row in these)]
         means = {n: _mean([row.speedups[n] for row in these]) for n in names}
+        means["share of the FP32 rate"] = _mean([row.gflops for row in these]) / ceilings["fp32_gflops"]
+        means["share of copy bandwidth"] = _mean([row.gigabytes_per_second for row in these]) / ceilings["copy_gbps"]
         means["best layer, cuDNN fp32"] = max(row.speedups["cuDNN fp32"] for row in these)
         means["worst layer, cuSPARSE CSR"] = min(row.speedups["cuSPARSE CSR"] for row in these)
         shared = [row.speedups[DENSE[-1]] / row.speedups[SHARED] for row in these if SHARED in row.speedups]

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import clicktrain
-from clicktrain import data, models
+from clicktrain import data, models, preparation
+from clicktrain.kernels.cuda import backend
+from clicktrain.kernels.cuda.launch import compile_ahead
 
 BATCH = 128
 RATE, MOMENTUM, DECAY = 0.1, 0.9, 5e-4
@@ -42,7 +44,9 @@ class MaskedDense(clicktrain.ClickTrain):
             weight.mul_(mask)
 
 
-METHODS = {"sparse": clicktrain.ClickTrain, "masked dense": MaskedDense}
+METHODS = {"sparse": clicktrain.ClickTrain, "masked dense": MaskedDense, "masked dense, TF32": MaskedDense}
+PAIRED = ("sparse", "masked dense")
+"""Methods that are compared seed by seed, in float32; that with TF32, torch's default, is a yardstick."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,13 @@ def train(
     width: float = 1.0,
 ) -> Trained:
     """Train once; Fashion-MNIST from `root` where given, else the embedded part of it."""
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=method_name.endswith("TF32")):
+        return _train(method_name, seed, epochs, root, device, train_limit, width)
+
+
+def _train(
+    method_name: str, seed: int, epochs: int, root: Path | None, device: str, train_limit: int | None, width: float
+) -> Trained:
     torch.manual_seed(seed)
     dataset = data.load("fashion-mnist" if root else "fashion-mnist-small", root, train_limit=train_limit)
     loaders = {
@@ -88,14 +99,17 @@ def train(
     }  # fmt: skip
     model = models.create("vgg13", dataset.num_classes, width=width, in_channels=dataset.image_shape[0]).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM, weight_decay=DECAY)
-    backend = "cuda" if device == "cuda" else "auto"
-    method = METHODS[method_name](8.0, epochs, pool=clicktrain.official_pool(4), backend=backend)
+    computes = "cuda" if device == "cuda" else "auto"
+    method = METHODS[method_name](8.0, epochs, pool=clicktrain.official_pool(4), backend=computes)
     method.seed, method.lr_at = seed, lambda position: RATE * 0.1 ** sum(position >= drop * epochs for drop in DROPS)
     method.setup(model, optimizer, next(iter(loaders[True]))[0])
     durations: dict[str, list[float]] = defaultdict(list)
     for epoch in range(epochs):
         loaders[True].set_epoch(epoch)
+        stage = method.stage
         method.on_epoch(epoch, loaders[True])
+        if device == "cuda" and method.stage != stage:
+            _choose_kernels(model, (BATCH, *dataset.image_shape))
         for group in optimizer.param_groups:
             group["lr"] = method.lr_at(epoch)
         for x, y in loaders[True]:
@@ -107,6 +121,15 @@ def train(
     accuracy = evaluate(method.finish(), loaders[False])
     medians = {stage: float(torch.tensor(times).median()) for stage, times in durations.items()}
     return Trained(method_name, seed, epochs, accuracy, medians, {s: sum(t) / 1e3 for s, t in durations.items()})
+
+
+def _choose_kernels(model: nn.Module, shape: tuple[int, ...]) -> None:
+    """Compile and choose for the pattern convolutions, before anything is timed."""
+    sparse = {name for name, layer in model.named_modules() if isinstance(layer, clicktrain.PatternConv2d)}
+    found = [plan for name, made in preparation.plans(model, shape).items() if name in sparse for plan in made]
+    compile_ahead(text for plan in found for text in backend.units(plan))
+    for plan in found:
+        backend.tune(plan)
 
 
 @torch.no_grad()

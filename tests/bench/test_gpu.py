@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -128,13 +130,18 @@ def test_a_training_run_reports_each_stage(method):
     assert all(ms > 0 for ms in done.step_ms.values())
 
 
+CEILINGS = {"fp32_gflops": 100.0, "copy_gbps": 50.0}
+
+
 def test_the_summary_is_geometric_means_over_layers():
     rows = [
-        table.Row(f"layer {s}", "forward", 8.0, {"cuDNN fp32": s, "cuSPARSE CSR": 2 * s}, 1.0, 1.0, [])
+        table.Row(f"layer {s}", "forward", 8.0, {"cuDNN fp32": s, "cuSPARSE CSR": 2 * s}, s, 1.0, [])
         for s in (2.0, 8.0)
     ]
-    found = table.summary(rows)["forward 8x"]
+    found = table.summary(rows, CEILINGS)["forward 8x"]
     assert found["cuDNN fp32"] == pytest.approx(4.0)
+    assert found["share of the FP32 rate"] == pytest.approx(0.04)
+    assert found["share of copy bandwidth"] == pytest.approx(0.02)
     assert found["best layer, cuDNN fp32"] == 8.0
     assert found["worst layer, cuSPARSE CSR"] == 4.0
     assert "shared bf16 over cuDNN bf16" not in found
@@ -150,7 +157,7 @@ def test_the_summary_is_geometric_means_over_layers():
         )
         for s in (0.5, 0.125)
     ]
-    assert table.summary(rows)["forward 8x"]["shared bf16 over cuDNN bf16"] == pytest.approx(4.0)
+    assert table.summary(rows, CEILINGS)["forward 8x"]["shared bf16 over cuDNN bf16"] == pytest.approx(4.0)
 
 
 def test_the_table_has_every_layer_and_compression():
@@ -161,7 +168,25 @@ def test_the_table_has_every_layer_and_compression():
 
 def test_the_sanitizer_says_when_it_was_not_run(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert gpu.sanitize("memcheck") == "not run: compute-sanitizer is not on the PATH"
+    assert gpu.sanitize("memcheck", 99.0) == "not run: compute-sanitizer is not on the PATH"
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    assert gpu.sanitize("memcheck", 3.0) == "not run: the time was over"
+
+
+@pytest.mark.parametrize(("seconds", "measured"), [(1000.0, 4), (-1.0, 1)])
+def test_the_first_compression_and_training_come_first_and_the_rest_as_time_allows(
+    seconds, measured, monkeypatch, tmp_path
+):
+    done, out = [], tmp_path / "gpu.json"
+    monkeypatch.setattr(table, "measure_all", lambda layers, rounds: done.append(layers[0].compression) or ([], []))
+    monkeypatch.setattr(gpu, "training", lambda options, seconds: done.append("training") or ["a run"])
+    report = {"rows": [], "wrong": [], "left_out": [], "summary": {}, "training": [], "ceilings": CEILINGS}
+    gpu.measure(report, gpu._options(["--out", str(out)]), time.perf_counter() + seconds)
+    assert done[:2] == [8.0, "training"]
+    assert len(done) == measured + 1
+    assert len(report["left_out"]) == (4 - measured) * len(table.batches()[0])
+    assert report["training"] == ["a run"]
+    assert json.loads(out.read_text())["ceilings"] == CEILINGS
 
 
 def test_the_backend_is_listed_for_cuda_tensors_only():
