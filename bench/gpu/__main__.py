@@ -6,6 +6,7 @@ Ends with a short table. Where there is no GPU it says so in one line and return
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 import statistics
@@ -21,7 +22,7 @@ import torch
 
 from clicktrain import provenance
 from clicktrain.files import write_atomic
-from clicktrain.kernels.cuda import launch
+from clicktrain.kernels.cuda import codegen, launch
 
 SANITIZED_CONVOLUTIONS = 6
 LEAST_SANITIZER_SECONDS = 15
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.checks_only:
         return 0
     report: dict[str, Any] = {
-        "schema": 2, "provenance": provenance.collect(), "checks": checked.as_dict(),
+        "schema": 2, "provenance": provenance.collect(), "kernel_sources": sources(), "checks": checked.as_dict(),
         "ceilings": ceilings.measure(options.rounds), "rows": [], "wrong": [], "left_out": [], "summary": {},
         "training": [], "sanitizer": {},
     }  # fmt: skip
@@ -149,6 +150,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="train without a limit; keep finished runs beside --out")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write everything as JSON")
     return parser.parse_args(arguments)
+
+
+def sources() -> str:
+    """Return a digest of the CUDA backend's files: where there is no history, it tells which commit was measured."""
+    files = sorted(path for path in codegen.DIRECTORY.rglob("*") if path.suffix in (".py", ".cuh"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def _clean(said: str) -> bool:

@@ -189,5 +189,17 @@ def test_the_first_compression_and_training_come_first_and_the_rest_as_time_allo
     assert json.loads(out.read_text())["ceilings"] == CEILINGS
 
 
+def test_the_report_names_the_sources(tmp_path, monkeypatch):
+    (tmp_path / "host").mkdir()
+    (tmp_path / "a.cuh").write_text("one")
+    (tmp_path / "host" / "b.cuh").write_text("two")
+    monkeypatch.setattr(gpu.codegen, "DIRECTORY", tmp_path)
+    before = gpu.sources()
+    (tmp_path / "notes.txt").write_text("not a source")
+    assert gpu.sources() == before
+    (tmp_path / "host" / "b.cuh").write_text("three")
+    assert gpu.sources() != before
+
+
 def test_the_backend_is_listed_for_cuda_tensors_only():
     assert backends.BACKENDS["cuda"].supports(torch.zeros(1, device="meta")) is not True
