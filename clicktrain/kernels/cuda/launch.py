@@ -86,7 +86,7 @@ class CupyLauncher:
         stream = torch.cuda.current_stream(index).cuda_stream
         runtime.setDevice(index)  # makes its context the thread's, which the driver asks for
         try:
-            function = _function(text, kernel, index, shared)
+            function = _function(text, kernel, index)
             driver.launchKernel(function, blocks, 1, 1, threads, 1, 1, shared, stream, ctypes.addressof(places), 0)
         finally:
             if index != current:
@@ -131,11 +131,13 @@ def _limits(index: int) -> Limits:
 
 
 @cache
-def _function(text: str, kernel: str, index: int, shared: int) -> int:
-    """Return the driver's handle of a kernel, loaded on a device and allowed so much shared memory."""
+def _function(text: str, kernel: str, index: int) -> int:
+    """Return the driver's handle of a kernel, loaded on a device and allowed all shared memory that a block can have.
+
+    Layers that share a unit differ in what they need of it: the permission must not be that of the last one.
+    """
     function = _module(text, index).get_function(kernel)
-    if shared > 48 << 10:  # more than every kernel may have
-        function.max_dynamic_shared_size_bytes = shared
+    function.max_dynamic_shared_size_bytes = _limits(index).shared_bytes
     return int(function.kernel.ptr)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from clicktrain.kernels.cuda import launch
+from clicktrain.kernels.cuda.tiling import Limits
 
 
 class Kernel:
@@ -49,6 +50,7 @@ def log(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy.cuda", cuda)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: types.SimpleNamespace(cuda_stream=70 + index))
+    monkeypatch.setattr(launch, "_limits", lambda index: Limits(227 << 10, 132))
     for cache in (launch._function, launch._module):
         cache.cache_clear()
     yield entries
@@ -63,13 +65,15 @@ def test_a_launch(log):
     assert log[0] == ("device", 3)
     assert log[1] == ("module", "text", ("--std=c++17",), "nvrtc")
     assert log[2] == ("function", "convolve")
-    assert log[3] == (4711, (5, 1, 1, 64, 1, 1), 100_000, 73, [x.data_ptr(), 0, 7], 0, 100_000)
+    assert log[3] == (4711, (5, 1, 1, 64, 1, 1), 100_000, 73, [x.data_ptr(), 0, 7], 0, 227 << 10)
     assert log[4:] == [("device", 3), log[3]]  # compiled and loaded once
 
 
-def test_little_shared_memory_needs_no_permission(log):
-    launch.CupyLauncher().launch("text", "finish", 1, 256, 0, (torch.zeros(1), 1, 2))
-    assert log[-1][2] == log[-1][-1] == 0
+def test_a_unit_serves_layers_that_need_less_and_more_shared_memory(log):
+    for shared in (100_000, 60_000, 100_000):
+        launch.CupyLauncher().launch("text", "convolve", 1, 256, shared, (torch.zeros(1), 1, 2))
+    launches = [entry for entry in log if entry[0] == 4711]
+    assert [(entry[2], entry[-1]) for entry in launches] == [(s, 227 << 10) for s in (100_000, 60_000, 100_000)]
 
 
 def test_another_device_is_current_only_for_the_launch(log, monkeypatch):
