@@ -95,6 +95,8 @@ def accountings_table() -> str:
 def methods_table(study: Study) -> str:
     """Return what each method of a study reached."""
     title = f"{study.preset.title}: {study.preset.data_label}, mean and standard deviation over seeds."
+    if not all(run.exclusive for row in study.preset.methods for run in study.of(row.name)):
+        title += " Other work ran beside some of the runs: times say little."
     return f"{title}\n\n{_table(_METHODS, [_method_row(summary) for summary in summarize(study)])}"
 
 

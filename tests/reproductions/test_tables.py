@@ -31,6 +31,12 @@ def test_tables_come_from_the_evidence(tmp_path: Path, monkeypatch: pytest.Monke
         assert not line.startswith("|") or line.endswith("|")
 
 
+@pytest.mark.parametrize(("concurrent", "said"), [(0, False), (None, True), (2, True)])
+def test_a_table_says_where_other_work_ran_beside(concurrent: int | None, said: bool, tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study", concurrent=concurrent)
+    assert ("Other work ran beside some of the runs" in tables.methods_table(study)) == said
+
+
 def test_every_claim_is_in_a_table_or_named_as_not_measured() -> None:
     text = tables.render()
     assert all(claim.statement in text or f"`{claim.id}`" in text for claim in CLAIMS)
