@@ -73,14 +73,20 @@ def candidates(layer: Layer, images: int, dtype: Dtype, limits: Limits) -> list[
         most = min(limits.lane_pixels, SUMS // slots) // (tile[0] * tile[1])
         for per_patch in (count for count in (8, 4, 2, 1) if count == 1 or count <= min(most, images)):
             lanes = _lanes(layer, tile, per_patch, images)
-            sums = slots * per_patch * tile[0] * tile[1]
-            threads = next(t for s, t in sorted(THREADS_WITH_SUMS.items()) if sums <= s)
+            threads = _most_threads(slots * per_patch * tile[0] * tile[1], layer)
             for warps, resident in product(all_warps, RESIDENT):
                 spec = cut(layer, dtype, tile, slots, per_patch, lanes, warps, paired)
                 if spec.warps * LANES * resident <= threads:
                     found.append(_with_channels(replace(spec, resident=resident), layer, limits))
     found = list(dict.fromkeys(found))
     return [spec for spec in found if code_bytes(spec) <= CODE_BYTES] or [min(found, key=code_bytes)]
+
+
+def _most_threads(sums: int, layer: Layer) -> int:
+    """Return how many threads a multiprocessor has registers for."""
+    if layer.spread != (1, 1):  # a window pixel meets few taps: more of them are under way
+        sums = min(SUMS, 2 * sums)
+    return next(threads for most, threads in sorted(THREADS_WITH_SUMS.items()) if sums <= most)
 
 
 def code_bytes(spec: ConvolutionSpec) -> int:
