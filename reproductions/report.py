@@ -14,7 +14,7 @@ from clicktrain.files import write_atomic
 from reproductions import comparison, kernels, paths, plots, retained, wording
 from reproductions.preset import MethodRow
 from reproductions.store import Run, Study
-from reproductions.summary import MethodSummary, check, stored_verdicts, summarize
+from reproductions.summary import MethodSummary, check, stored_verdicts, summarize, with_evidence
 
 PAGES = "runs"
 """Folder beside a report with the pages of its runs."""
@@ -70,11 +70,12 @@ def render(study: Study, pages: Mapping[str, str] | None = None) -> str:
     pages : mapping of str to str, optional
         Where the page of a run lies, by its label.
     """
+    claims, evidence = check(study), stored_verdicts(study)
     return _template("report.html").render(
         study=study,
         preset=study.preset,
-        claims=check(study),
-        evidence=stored_verdicts(study),
+        claims=with_evidence(claims, evidence),
+        unmeasured=[row for row in claims if row.verdict.estimate is None and row.claim.id not in evidence],
         groups=_groups(study),
         retained=retained.rows(retained.read(study.directory)),
         remarks=remarks(study),

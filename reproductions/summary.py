@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from reproductions import kernels, paths
@@ -136,6 +136,20 @@ def _judge(study: Study, claim: Claim, subject: MethodRow, dense_accuracy: float
 def stored_verdicts(study: Study) -> dict[str, list[StoredRow]]:
     """Return by claim id what the suite's stored evidence says, other than that of `study` itself."""
     return stored_evidence(but=study.directory.name)
+
+
+def with_evidence(
+    rows: Iterable[ClaimRow], evidence: Mapping[str, list[StoredRow]]
+) -> list[tuple[ClaimRow, list[StoredRow]]]:
+    """Return each row with the stored evidence to be shown beside it: once a claim, by its first undecided row."""
+    shown: set[str] = set()
+    paired = []
+    for row in rows:
+        beside = [] if row.verdict.decided or row.claim.id in shown else evidence.get(row.claim.id, [])
+        if beside:
+            shown.add(row.claim.id)
+        paired.append((row, beside))
+    return paired
 
 
 def stored_evidence(but: str | None = None) -> dict[str, list[StoredRow]]:

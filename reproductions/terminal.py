@@ -12,7 +12,7 @@ from reproductions import comparison, retained
 from reproductions.estimates import Estimate
 from reproductions.retained import RetainedRow
 from reproductions.store import Study
-from reproductions.summary import ClaimRow, MethodSummary, StoredRow, check, stored_verdicts, summarize
+from reproductions.summary import ClaimRow, MethodSummary, StoredRow, check, stored_verdicts, summarize, with_evidence
 from reproductions.wording import MISSING, interval, measured, published, spread, stored
 
 _PLAIN_WIDTH = 140
@@ -78,12 +78,11 @@ def claims_table(rows: list[ClaimRow], evidence: dict[str, list[StoredRow]]) -> 
     table = Table(title="Claims of the paper", title_justify="left", show_lines=True)
     for heading in ("claim", "published", "measured here", "verdict", "dense %"):
         table.add_column(heading)
-    for row in rows:
+    for row, beside in with_evidence(rows, evidence):
         subject = f"\n{row.subject}" if row.subject else ""
         verdict = Text(row.verdict.word, style=_STYLES.get(row.verdict.word, ""))
-        if not row.verdict.decided:
-            for entry in evidence.get(row.claim.id, []):
-                verdict.append(f"\n{stored(entry)}", style="dim")
+        for entry in beside:
+            verdict.append(f"\n{stored(entry)}", style="dim")
         table.add_row(
             Text(f"{row.claim.statement}{subject}"),
             published(row.claim),

@@ -7,7 +7,7 @@ from reproductions import paths, summary
 from reproductions.claims import BY_ID
 from reproductions.paths import StudyDirectory
 from reproductions.store import load_study
-from reproductions.summary import check, evidence_studies, stored_verdicts, summarize
+from reproductions.summary import check, evidence_studies, stored_verdicts, summarize, with_evidence
 from reproductions.verdicts import NOT_EXCLUSIVE, NOT_ON_HARDWARE, NOT_REPRODUCED, REPRODUCED, TOO_FEW
 from tests.helpers.studies import make_study
 
@@ -95,3 +95,14 @@ def test_committed_evidence_can_be_read() -> None:
     for study in evidence_studies():
         assert study.runs
         assert check(study)
+
+
+def test_stored_evidence_is_shown_once_a_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "EVIDENCE", tmp_path / "evidence")
+    make_study(tmp_path / "evidence" / "long")
+    study = make_study(tmp_path / "study", skip=("ClickTrain/1", "ClickTrain/2"))
+    undecided = [row for row in check(study) if row.claim.id == "accuracy-vs-dense"]
+    stored = stored_verdicts(study)
+    paired = with_evidence(undecided * 2, stored)
+    assert [len(beside) for _, beside in paired] == [len(stored["accuracy-vs-dense"]), 0]
+    assert paired[0][1]
