@@ -7,8 +7,9 @@ from pathlib import Path
 
 from clicktrain.errors import ConfigError
 from clicktrain.files import write_atomic
-from reproductions import arithmetic
+from reproductions import arithmetic, retained
 from reproductions.claims import CLAIMS, Claim
+from reproductions.preset import MethodRow
 from reproductions.store import Study
 from reproductions.summary import MethodSummary, StoredRow, evidence_studies, stored_evidence, summarize
 from reproductions.wording import MISSING, interval, measured, published, spread
@@ -97,7 +98,12 @@ def methods_table(study: Study) -> str:
     title = f"{study.preset.title}: {study.preset.data_label}, mean and standard deviation over seeds."
     if not all(run.exclusive for row in study.preset.methods for run in study.of(row.name)):
         title += " Other work ran beside some of the runs: times say little."
-    return f"{title}\n\n{_table(_METHODS, [_method_row(summary) for summary in summarize(study)])}"
+    head: Sequence[str] = _METHODS
+    rows = [_method_row(summary) for summary in summarize(study)]
+    if kept := retained.rows(retained.read(study.directory)):
+        head = (*head, "importance retained before training on, %")
+        rows = [(*row, _retained(kept, method)) for row, method in zip(rows, study.preset.methods, strict=True)]
+    return f"{title}\n\n{_table(head, rows)}"
 
 
 def _method_row(summary: MethodSummary) -> Sequence[str]:
@@ -112,6 +118,14 @@ def _method_row(summary: MethodSummary) -> Sequence[str]:
         spread(summary.training_flops_saved, 1),
         interval(summary.time_ratio, 2, "x"),
     )
+
+
+def _retained(kept: Sequence[retained.RetainedRow], method: MethodRow) -> str:
+    """Return what the pool of a method keeps of the dense networks' importance, by the method's own score."""
+    options = method.config.get("method", {}).get("options", {})
+    score, size = options.get("score", "taylor"), options.get("patterns")
+    found = [row.pools[options["pool"]] for row in kept if (row.score, row.size) == (score, size)]
+    return spread(found[0], 1) if found else MISSING
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

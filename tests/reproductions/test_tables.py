@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from clicktrain.errors import ConfigError
-from reproductions import arithmetic, paths, tables
+from reproductions import arithmetic, paths, retained, tables
 from reproductions.claims import CLAIMS
 from tests.helpers.studies import make_study
 
@@ -65,3 +65,24 @@ def test_the_paper_schedule_is_what_the_published_training_flops_imply() -> None
     assert all(value > 45.2 for value in groups["fast, A"].savings)
     low, high = arithmetic.PUBLISHED_INFERENCE
     assert sum(low <= value <= high for value in arithmetic.inference()) == 12
+
+
+def test_retained_importance_stands_beside_accuracy(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study")
+    assert "importance retained" not in tables.methods_table(study)
+    for row in study.preset.methods:
+        if row.name == "ClickTrain":
+            row.config["method"]["options"] |= {"pool": "frequency", "patterns": 8, "score": "magnitude"}
+    found = [
+        retained.Retained(seed, score, pool, size, 70.0 + seed + size)
+        for seed in (0, 1)
+        for score in ("taylor", "magnitude")
+        for pool in ("coverage", "frequency")
+        for size in (4, 8)
+    ]
+    retained.write(study.directory, found)
+    lines = tables.methods_table(study).splitlines()
+    (row,) = [line for line in lines if line.startswith("| ClickTrain |")]
+    assert row.endswith("| 78.5 ± 0.7 |")
+    (dense,) = [line for line in lines if line.startswith("| dense |")]
+    assert dense.endswith("| - |")
