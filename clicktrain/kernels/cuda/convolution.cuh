@@ -19,8 +19,8 @@
 //
 // What an H200 reached, before blocks ordered their channels (bench/evidence/gpu_partial.json): 16 to 18 TFLOP/s of kept
 // weights on most layers, a quarter of the FP32 rate. A record of 8 x 4 pixels is 184 instructions, 128 of them FMA, as
-// good as the table says; a run adds 25. The rest is waiting: warps have about 5 records in a chunk, and the slowest of
-// 32 had twice as many.
+// good as the table says; a run adds 25. The rest is waiting: warps have about 5 records in a chunk, and by count the
+// slowest of 32 had twice as many.
 //
 // Memory: the lanes of a block take neighbouring patches, and all warps of a block the same ones: the input of the
 // block is one rectangle of each channel, copied row by row (region.py). A 32x32 image of one channel is 4.6 KB with

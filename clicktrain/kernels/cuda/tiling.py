@@ -20,8 +20,8 @@ GRADIENT_WINDOW = 40
 PAIRED_SHARE = 0.5
 """There is code for pairs of kernels with the same channel and pattern where at least this share of kernels has one."""
 CODE_BYTES = 24 << 10
-"""Code of a sweep. On an H200 sweeps of 43 KB missed the instruction cache a third of the time and took twice as long
-as those of 23 KB."""
+"""Code of a sweep. On an H200 one of 43 KB missed the instruction cache a third of the time (a profile in
+bench/evidence/gpu_candidates.json, with the timings behind `estimate`)."""
 INSTRUCTION_BYTES = 16
 MAX_CHUNK = 64
 WARPS = (32, 16, 8)
