@@ -100,8 +100,10 @@ def layer_on(layer: Layer, forms: Windowed) -> Layer:
 
 def prepare_on(layer: Layer, forms: Windowed, images: int, choice: Choice) -> Prepared:
     """Lay out a convolution pass on these forms; `layer` is the whole one."""
-    made = prepare(layer_on(layer, forms), forms.target.blocks(images), choice, short_chains=True)
-    if forms.target.grid != IMAGES:
+    images_on_lanes = forms.target.grid == IMAGES
+    on_forms, blocks = layer_on(layer, forms), forms.target.blocks(images)
+    made = prepare(on_forms, blocks, choice, short_chains=True, in_place=images_on_lanes)
+    if not images_on_lanes:
         structure = made.structure
         structure.start_h -= layer.padding[0]
         structure.start_w -= layer.padding[1]

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -69,9 +70,11 @@ def test_outputs_that_bypass_the_caches_are_the_same(stride: tuple[int, int], mo
         assert torch.equal(streamed[name], tensor), name
 
 
-def convolve(layer: Layer, blocks: int, choice: passes.Choice, xb: Tensor, values: Tensor) -> Tensor:
+def convolve(
+    layer: Layer, blocks: int, choice: passes.Choice, xb: Tensor, values: Tensor, in_place: bool = True
+) -> Tensor:
     y = torch.full((blocks, layer.filters, *layer.out_size, 8), torch.nan)
-    prepared = passes.prepare(layer, blocks, choice)
+    prepared = passes.prepare(layer, blocks, choice, in_place=in_place)
     library.function("convolve")(prepared.address, xb.data_ptr(), values.data_ptr(), y.data_ptr(), 2)
     return y
 
@@ -108,9 +111,13 @@ def test_channel_by_channel_gives_the_bits_of_one_channel_to_a_block(
     layer = direction(made)
     source = backend.pack(x if direction == Layer.forward else dy)
     want = convolve(layer, 3, passes.Choice("taps", passes.taps_tile(layer), 1, 1, 1), source, values)
-    for tile, band, channel_block in (((1, 2, 2), 1, 64), ((1, 2, 4), 2, 16), ((2, 4, 2), 9, 255), ((1, 4, 6), 1, 1)):
-        choice = passes.Choice("channels", tile, band, channel_block, 4)
-        assert torch.equal(convolve(layer, 3, choice, source, values), want), choice
+    for tile, channel_block in (((1, 2, 2), 64), ((1, 2, 4), 16), ((1, 4, 2), 255), ((1, 4, 6), 1)):
+        for sweep in ("channels", "pairs"):
+            choice = passes.Choice(sweep, tile, 1, channel_block, 4)
+            if sweep == "pairs" and (stride > 1 or tile[2] % 2 or library.instruction_set() != "avx512"):
+                continue
+            for in_place in (True, False):
+                assert torch.equal(convolve(layer, 3, choice, source, values, in_place), want), choice
 
 
 @pytest.mark.parametrize("name", library.INSTRUCTION_SETS)
@@ -201,7 +208,8 @@ def test_tuned_choices_survive_a_checkpoint() -> None:
     layer = Layer.forward(made)
     assert tuning.choice_for(layer, 2) == chosen["forward"]
 
-    tuning.import_choices({tuning.fingerprint(layer, 2): {**stored[tuning.fingerprint(layer, 2)], "channel_block": 8}})
+    other = passes.Choice("taps", passes.taps_tile(layer), 1, 8, 1)
+    tuning.import_choices({tuning.fingerprint(layer, 2): asdict(other)})
     runtime.forget()
     assert not torch.equal(backend.forward_blocked(xb, values, made), y)  # another order of sums
     tuning.import_choices(stored)
@@ -256,15 +264,29 @@ def test_a_pool_of_all_patterns_uses_the_generic_kernel() -> None:
     ("instruction_set", "stride", "size", "tile"),
     [
         ("avx512", 2, 12, (1, 2, 2)),
-        ("avx512", 1, 12, None),
+        ("avx512", 1, 2, (1, 2, 2)),  # the window is the image
+        ("avx512", 1, 7, None),  # an odd row leaves half a pair
         ("avx512", 2, 2, None),  # one output pixel
         ("avx2", 2, 12, None),  # 16 registers
+        ("avx2", 1, 12, None),
     ],
 )
-def test_strided_layers_go_channel_by_channel_where_the_window_fits(
+def test_layers_go_channel_by_channel_where_the_window_fits(
     monkeypatch: pytest.MonkeyPatch, instruction_set: str, stride: int, size: int, tile: tuple[int, int, int] | None
 ) -> None:
     monkeypatch.setattr(tuning, "instruction_set", lambda: instruction_set)
     made = Case(SQUARES, 16, 16, 16, (size, size), (stride,) * 2, (1, 1), 0.3, seed=0).plan()
     choice = tuning.estimate(Layer.forward(made), 2)
     assert (choice.sweep, choice.tile if tile else None) == ("channels" if tile else "filters", tile)
+
+
+@pytest.mark.parametrize(
+    ("pool", "filters", "size", "sweep"),
+    [(4, 64, 12, "pairs"), (4, 64, 4, "pairs"), (12, 64, 12, "pairs"), (12, 64, 8, "filters"), (4, 8, 8, "filters")],
+)
+def test_pairs_of_pixels_where_runs_are_long_or_images_large(
+    monkeypatch: pytest.MonkeyPatch, pool: int, filters: int, size: int, sweep: str
+) -> None:
+    monkeypatch.setattr(tuning, "instruction_set", lambda: "avx512")
+    made = Case(official_pool(pool), filters, 16, 16, (size, size), (1, 1), (1, 1), 0.3, seed=0).plan()
+    assert tuning.estimate(Layer.forward(made), 2).sweep == sweep

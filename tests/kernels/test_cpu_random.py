@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import product
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from clicktrain.kernels.cpu import backend, memory, tuning
+from clicktrain.kernels.cpu import backend, library, memory, tuning
+from clicktrain.kernels.cpu.layer import Layer
+from clicktrain.kernels.cpu.passes import Choice, prepare
 from clicktrain.patterns import PatternPool, all_patterns, official_pool
 from tests.kernels.cases import Case, cases, expected, relative_error
 
@@ -63,7 +66,7 @@ def test_generic_kernels(case: Case) -> None:
 POOLS: tuple[PatternPool, ...] = (official_pool(4), official_pool(12), all_patterns(1), all_patterns(9))
 GEOMETRIES = (
     ((6, 6), (1, 1), (1, 1)), ((2, 2), (1, 1), (1, 1)), ((7, 9), (1, 1), (0, 2)),
-    ((8, 7), (2, 2), (1, 1)), ((5, 6), (2, 2), (0, 0)),
+    ((8, 7), (2, 2), (1, 1)), ((5, 6), (2, 2), (0, 0)), ((8, 12), (1, 1), (1, 1)),
 )  # fmt: skip
 
 
@@ -83,6 +86,30 @@ def specialised_cases(draw: st.DrawFn) -> Case:
 def test_specialised_kernels(case: Case) -> None:
     tuning.forget()
     check(case)
+
+
+BY_CHANNEL = (("pairs", (1, 2, 4)), ("pairs", (1, 4, 2)), ("channels", (1, 2, 2)), ("channels", (1, 3, 3)))
+
+
+@pytest.mark.skipif(library.instruction_set() != "avx512", reason="sweeps by channel need AVX-512")
+@settings(MINE, max_examples=100)
+@given(specialised_cases(), st.integers(1, 90))
+def test_sweeps_by_channel(case: Case, channel_block: int) -> None:
+    """All tiles, in place and on copied windows, whatever the heuristic would choose."""
+    made, x, values, dy = case.operands()
+    want = expected(made, x, values, dy)
+    for name, layer, source in (
+        ("forward", Layer.forward(made), backend.pack(x)), ("grad_input", Layer.transposed(made), backend.pack(dy)),
+    ):  # fmt: skip
+        blocks = len(source)
+        for (sweep, tile), in_place in product(BY_CHANNEL, (True, False)):
+            if (sweep == "pairs" and max(layer.stride + layer.spread) > 1) or tile[1] % layer.spread[0]:
+                continue
+            choice = Choice(sweep, tile, 1, channel_block, len(layer.patterns))
+            prepared = prepare(layer, blocks, choice, in_place=in_place)
+            y = memory.empty(blocks, layer.filters, *layer.out_size, 8)
+            library.function("convolve")(prepared.address, source.data_ptr(), values.data_ptr(), y.data_ptr(), 2)
+            assert relative_error(backend.unpack(y, case.images), want[name]) < 1e-5, f"{choice} {in_place} {case}"
 
 
 def test_enough_cases_were_large() -> None:

@@ -56,6 +56,7 @@ struct Pass {
   int32_t streaming;               // outputs are too large for the caches, and tiles fill whole cache lines
   int32_t whole_tiles;             // sweeps write whole tiles, also where they stick out of the output
   int32_t keeps_sums;              // sweeps leave the sums where they are; the driver writes the output
+  int32_t in_place;                // sweeps read x itself, not a copy of its window
   int64_t records;
   const int32_t* order;            // [channel_blocks][groups][filters]
   const int64_t* starts;           // [channel_blocks][groups][phases][filters + 1]

@@ -10,8 +10,11 @@ constants relative to the channel or the filter. Taps that would read padding ar
 - "channels" goes through the kernels of one channel after the other and keeps the window of the tile in registers,
   all 24 pixels of it for 2 x 4, which takes the 32 registers of AVX-512. The sums of all filters stay in the
   first-level cache: 8 loads and 8 stores for 32 multiply-adds, from one small place instead of a window of all
-  channels that only the second-level cache holds. This pays with a stride, where taps share few pixels.
+  channels that only the second-level cache holds. The window is read once, so that there is no need to copy it:
+  the sweep reads the input itself, and fetches ahead what the tile below will read.
   A record's offset is its filter's place in the sums.
+- "pairs" is the same on registers of two neighbouring pixels (512 bits), for a stride of one: half the instructions.
+  Its window holds a pair for every column, as taps need them; padding beside a pixel is zero.
 
 The taps of an output pixel are added in the order of the pattern, as in the generic sweep: "filters" gives the same
 bits as that, and "channels" the same as both with one channel to a block.
@@ -40,6 +43,8 @@ TARGETS = {
 """Instruction set -> bits of a register, and what the compiler calls the set."""
 SUMS_AT_ONCE = 8
 """Sums that a "channels" sweep loads before it stores them."""
+PIXELS_PER_LINE = 2
+"""Of a cache."""
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-Wno-psabi")
 
 Pair = tuple[int, int]
@@ -61,11 +66,13 @@ class SweepSpec:
     """A pool of patterns and the geometry of a pass, as far as the code depends on them.
 
     Output pixel r and tap k of an axis meet in window pixel (r * stride + k + origin) / spread, if that is whole.
-    With more than one chain, the taps of a pixel take turns at so many sums, which are added in the end: a small tile
-    then does not wait for each multiply-add, but the order of its sums is another.
+    Of sweeps by channel, `window_rows` and `window_pitch` are the rows of a channel and the pixels of a row where the
+    sweep reads: of the input itself, or of a copied window. With more than one chain, the taps of a pixel take turns
+    at so many sums, which are added in the end: a small tile then does not wait for each multiply-add, but the order
+    of its sums is another.
     """
 
-    sweep: Literal["filters", "channels"]
+    sweep: Literal["filters", "channels", "pairs"]
     instruction_set: str
     kernel_size: int
     patterns: tuple[tuple[int, ...], ...]
@@ -110,7 +117,7 @@ def render(spec: SweepSpec, shapes: tuple[TileShape, ...]) -> str:
         '#include "lanes.h"',
         f"using namespace {spec.instruction_set};",
     ]
-    write = {"filters": _filters, "channels": _channels}[spec.sweep]
+    write = _filters if spec.sweep == "filters" else _channels
     for number, (patterns, shape) in enumerate(product(spec.groups(), shapes)):
         lines += ["", *write(f"clicktrain_sweep_{number}", patterns, spec, shape)]
     return "\n".join(lines) + "\n"
@@ -178,11 +185,12 @@ def _run(number: int, pattern: tuple[int, ...], spec: SweepSpec, shape: TileShap
 
 
 def _channels(name: str, patterns: tuple[tuple[int, ...], ...], spec: SweepSpec, shape: TileShape) -> list[str]:
-    entries, (_, tile_rows, tile_columns) = len(patterns[0]), spec.tile
-    pixels = list(product(range(shape.blocks), range(shape.rows), range(shape.columns)))
-    places = {(b, r, c): ((b * tile_rows + r) * tile_columns + c) * LANES for b, r, c in pixels}
-    places_read = sorted({place for p in patterns for pixel in pixels for _, place in _taps(p, pixel, spec, shape)})
-    window = {place: f"x{number}" for number, place in enumerate(places_read)}
+    entries, tile_columns, register = len(patterns[0]), spec.tile[2], _REGISTERS[spec.sweep]
+    sums = list(product(range(shape.rows), range(0, shape.columns, register.pixels)))
+    places = {place: (place[0] * tile_columns + place[1]) * LANES for place in sums}
+    taps = [{place: _taps(pattern, place, spec, shape) for place in sums} for pattern in patterns]
+    read = sorted({pixel for pattern in taps for used in pattern.values() for _, pixel in used})
+    window = {pixel: f"x{number}" for number, pixel in enumerate(read)}
     lines = [
         f'extern "C" void {name}(const Sweep* s) {{',
         "  const float* channel = s->window;",
@@ -193,40 +201,84 @@ def _channels(name: str, patterns: tuple[tuple[int, ...], ...], spec: SweepSpec,
         "  if (!s->sums_in)",
         "    for (int f = s->begin; f < s->end; ++f) {",
         f"      float* sums = s->sums_out + int64_t(f) * {prod(spec.tile) * LANES};",
-        "      const Vec start = s->bias ? broadcast(s->bias[f]) : Vec{};",
+        f"      const {register.name} start = {register.broadcast}(s->bias ? s->bias[f] : 0.0f);",
         *(f"      store(sums + {place}, start);" for place in places.values()),
         "    }",
         f"  for (int c = 0; c < s->channels; ++c, channel += {_channel_floats(spec)}, run += {len(patterns)}) {{",
-        *(f"    Vec {x} = load(channel + {_window_offset(place, spec)}); pin({x});" for place, x in window.items()),
+        *(f"    __builtin_prefetch(channel + {offset}, 0, 2);" for offset in _below(spec, shape)),
+        *(f"    {register.name} {x} = {_load(pixel, spec, shape)}; pin({x});" for pixel, x in window.items()),
     ]
-    for number, pattern in enumerate(patterns):
+    for number, used in enumerate(taps):
         lines += [
             f"    for (int n = run[{number}]; n; --n, ++offset, weight += {entries}) {{",
             "      float* const sums = s->sums_out + *offset;",
-            *(f"      const Vec w{entry} = broadcast(weight[{entry}]);" for entry in range(entries)),
+            *(
+                f"      const {register.name} w{entry} = {register.broadcast}(weight[{entry}]);"
+                for entry in range(entries)
+            ),
         ]
-        for first in range(0, len(pixels), SUMS_AT_ONCE):
-            used = [(pixel, _taps(pattern, pixel, spec, shape)) for pixel in pixels[first : first + SUMS_AT_ONCE]]
-            used = [(pixel, taps) for pixel, taps in used if taps]
-            lines += [f"      Vec {_sum(*pixel)} = load(sums + {places[pixel]});" for pixel, _ in used]
-            additions = sorted((entry, pixel, place) for pixel, taps in used for entry, place in taps)
-            lines += [f"      {_sum(*pixel)} += w{entry} * {window[place]};" for entry, pixel, place in additions]
-            lines += [f"      store(sums + {places[pixel]}, {_sum(*pixel)});" for pixel, _ in used]
+        for first in range(0, len(sums), SUMS_AT_ONCE):
+            some = [place for place in sums[first : first + SUMS_AT_ONCE] if used[place]]
+            additions = sorted((entry, place, pixel) for place in some for entry, pixel in used[place])
+            loads = {place: f"{register.load}(sums + {places[place]})" for place in some}
+            lines += [
+                *(f"      {register.name} {_sum(0, *place)} = {load};" for place, load in loads.items()),
+                *(f"      {_sum(0, *place)} += w{entry} * {window[pixel]};" for entry, place, pixel in additions),
+                *(f"      store(sums + {places[place]}, {_sum(0, *place)});" for place in some),
+            ]
         lines.append("    }")
     return [*lines, "  }", "}"]
 
 
-def _taps(
-    pattern: tuple[int, ...], pixel: tuple[int, int, int], spec: SweepSpec, shape: TileShape
-) -> list[tuple[int, tuple[int, int, int]]]:
-    """Return the entries that an output pixel uses, each with the block, row and column of its window pixel."""
-    block, row, column = pixel
-    places = [(entry, spec.reads(tap, row, column, shape)) for entry, tap in enumerate(pattern)]
-    return [(entry, (block, *place)) for entry, place in places if place is not None]
+@dataclass(frozen=True)
+class _Register:
+    """What lanes.h offers for one or two neighbouring pixels of all lanes."""
+
+    name: str
+    pixels: int
+    load: str
+    broadcast: str
+
+
+_REGISTERS = {
+    "channels": _Register("Vec", 1, "load", "broadcast"),
+    "pairs": _Register("Pair", 2, "load_pair", "broadcast_pair"),
+}
+
+
+def _taps(pattern: tuple[int, ...], place: Pair, spec: SweepSpec, shape: TileShape) -> list[tuple[int, Pair]]:
+    """Return the entries that the output pixels from `place` on use, each with the first window pixel it needs."""
+    row, column = place
+    taps = []
+    for entry, tap in enumerate(pattern):
+        for i in range(_REGISTERS[spec.sweep].pixels):
+            pixel = spec.reads(tap, row, column + i, shape)
+            if pixel is not None:
+                taps.append((entry, (pixel[0], pixel[1] - i)))
+                break
+    return taps
+
+
+def _load(pixel: Pair, spec: SweepSpec, shape: TileShape) -> str:
+    """Return the expression that loads what exists of one or two window pixels; padding beside a pixel is zero."""
+    register, (low, high) = _REGISTERS[spec.sweep], shape.window_columns
+    load = register.load
+    if pixel[1] < low:
+        load = "load_second"
+    elif pixel[1] + register.pixels > high:
+        load = "load_first"
+    return f"{load}(channel + {_window_offset((0, *pixel), spec)})"
+
+
+def _below(spec: SweepSpec, shape: TileShape) -> list[int]:
+    """Return where the tile below will read what this one does not; it is brought to the second-level cache."""
+    first, rows = shape.window_rows[1], spec.tile[1] * spec.stride[0]
+    columns = range(shape.window_columns[0], shape.window_columns[1] + 1, PIXELS_PER_LINE)
+    return [_window_offset((0, row, column), spec) for row, column in product(range(first, first + rows), columns)]
 
 
 def _channel_floats(spec: SweepSpec) -> int:
-    return spec.tile[0] * spec.window_rows * spec.window_pitch * LANES
+    return spec.window_rows * spec.window_pitch * LANES
 
 
 def _window_offset(place: tuple[int, int, int], spec: SweepSpec) -> int:

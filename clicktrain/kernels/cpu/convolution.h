@@ -81,6 +81,7 @@ class Convolution {
 
   // Compute filters [begin, end) of the tiles of a band.
   void run(const Tiles& tiles, int64_t band, int begin, int end) {
+    if (p_.keeps_sums) return run_kept(tiles.tile(band, 0), begin, end);
     const int count = tiles.band_size(band);
     const TilePlace corner = tiles.tile(band, 0);
     for (int cb = 0; cb < p_.channel_blocks; ++cb) {
@@ -108,21 +109,38 @@ class Convolution {
   }
 
  private:
+  // Compute filters of one tile whose sums stay in memory until all channels are done.
+  void run_kept(const TilePlace& t, int begin, int end) {
+    for (int cb = 0; cb < p_.channel_blocks; ++cb) {
+      if (!p_.in_place) copy_window(t, cb);
+      Sweep s = sweep_of(cb, 0, p_.in_place ? place(t, cb) : window_, sums_ - begin * tile_floats(p_), begin, end);
+      p_.sweeps[t.number](&s);
+    }
+    store_tile(t, sums_, begin, end);
+  }
+
   static size_t window_floats(const Pass& p) {
-    return size_t(p.channel_block) * p.tile_blocks * p.window_h * p.window_pitch * kLanes;
+    return p.in_place ? 0 : size_t(p.channel_block) * p.tile_blocks * p.window_h * p.window_pitch * kLanes;
   }
   static int64_t tile_floats(const Pass& p) { return int64_t(p.tile_blocks) * p.tile_h * p.tile_w * kLanes; }
 
   // Whether the tile's sweep may write to the output.
   bool direct(const TilePlace& t) const {
-    if (p_.keeps_sums) return false;
     return !p_.whole_tiles || (t.rows == p_.tile_h && t.columns == p_.tile_w);
+  }
+
+  // Where the window of a tile lies in x; what is padding lies outside of its plane.
+  const float* place(const TilePlace& t, int cb) const {
+    const int64_t plane = int64_t(t.block) * p_.channels + int64_t(cb) * p_.channel_block;
+    const int64_t row = plane * p_.in_h + p_.start_h + t.top * p_.stride_h / p_.spread_h;
+    return x_ + (row * p_.in_w + p_.start_w + t.left * p_.stride_w / p_.spread_w) * kLanes;
   }
 
   void copy_window(const TilePlace& corner, int cb) {
     const int first = cb * p_.channel_block, last = std::min(first + p_.channel_block, p_.channels);
     const int top = p_.start_h + corner.top * p_.stride_h / p_.spread_h;
     const int left = p_.start_w + corner.left * p_.stride_w / p_.spread_w;
+    const int below = p_.tile_h * p_.stride_h / p_.spread_h;  // rows to the window of the tile below
     const int64_t row_floats = int64_t(p_.in_w) * kLanes, window_row = int64_t(p_.window_pitch) * kLanes;
     float* to = window_;
     for (int c = first; c < last; ++c)
@@ -136,8 +154,14 @@ class Convolution {
             copy_row(plane, 0, 0, p_.window_w, to);
           else
             copy_row(plane + row * row_floats, left, p_.in_w, p_.window_w, to);
+          if (row + below >= top + p_.window_h) fetch_ahead(plane + (row + below) * row_floats + left * kLanes);
         }
       }
+  }
+
+  // Bring a row of a window to the second-level cache.
+  void fetch_ahead(const float* row) const {
+    for (int i = 0; i < p_.window_w; i += 2) __builtin_prefetch(row + i * kLanes, 0, 2);
   }
 
   // The row of a window on strips: pixels outside of the strip are a neighbour's, or zero where there is none.
@@ -239,9 +263,11 @@ class Convolution {
 // Bring the values into the order in which the sweeps read them.
 template <int N, bool Reversed>
 void gather_weights(const Pass& p, const float* values, float* weights, int threads) {
+  constexpr int64_t kAhead = 32;  // values are far from caches after a step of an optimizer
   const int n = N ? N : p.record_weights;
 #pragma omp parallel for num_threads(threads) schedule(static) if (p.records * n > 16384)
   for (int64_t i = 0; i < p.records; ++i) {
+    __builtin_prefetch(values + p.gather[std::min(i + kAhead, p.records - 1)]);
     const float* from = values + p.gather[i];
     float* to = weights + i * n;
     for (int e = 0; e < n; ++e) to[e] = from[Reversed ? n - 1 - e : e];
@@ -262,15 +288,15 @@ inline void convolve_gathered(
     const Pass& p, const float* x, const float* weights, const Epilogue& epilogue, float* y, int threads) {
   const Tiles tiles(p);
   const int parts = (p.filters + p.part - 1) / p.part;
+  clicktrain::Shares shares(tiles.bands() * parts, threads);
 #pragma omp parallel num_threads(threads)
   {
     thread_local clicktrain::Scratch scratch;
     Convolution work(p, x, weights, epilogue, y, scratch.floats(Convolution::floats(p)));
-#pragma omp for schedule(dynamic) nowait
-    for (int64_t item = 0; item < tiles.bands() * parts; ++item) {
+    shares.work([&](int64_t item) {
       const int begin = int(item % parts) * p.part, end = std::min(begin + p.part, p.filters);
       work.run(tiles, item / parts, begin, end);
-    }
+    });
     if (p.streaming) drain();
   }
 }

@@ -40,6 +40,20 @@ CLICKTRAIN_INLINE void drain() {
 #endif
 }
 
+#if CLICKTRAIN_VECTOR_BITS >= 512
+// Two neighbouring pixels: one register of AVX-512.
+typedef float Pair __attribute__((vector_size(64)));
+typedef float UnalignedPair __attribute__((vector_size(64), aligned(4), may_alias));
+
+CLICKTRAIN_INLINE Pair load_pair(const float* p) { return *reinterpret_cast<const UnalignedPair*>(p); }
+CLICKTRAIN_INLINE void store(float* p, Pair v) { *reinterpret_cast<UnalignedPair*>(p) = v; }
+CLICKTRAIN_INLINE Pair broadcast_pair(float f) { return f - Pair{}; }
+CLICKTRAIN_INLINE void pin(Pair& v) { asm("" : "+v"(v)); }
+// Only the first or only the second pixel; the other is zero, and its memory is not touched.
+CLICKTRAIN_INLINE Pair load_first(const float* p) { return __builtin_ia32_loadups512_mask(p, Pair{}, 0x00ff); }
+CLICKTRAIN_INLINE Pair load_second(const float* p) { return __builtin_ia32_loadups512_mask(p, Pair{}, 0xff00); }
+#endif
+
 CLICKTRAIN_INLINE Vec broadcast(float f) { return Vec{f, f, f, f, f, f, f, f}; }
 
 // NaN stays NaN, as in torch.relu.

@@ -25,7 +25,7 @@ from clicktrain.kernels.cpu.reorder import reorder
 ITEMS_PER_THREAD, FILTERS_PER_PART = 4, 16
 CHAINS = 8  # multiply-adds under way at once: two units, four cycles each
 SUMS_FLOATS, MIN_PART, MAX_RUN = 4096, 16, 255
-"""Of a "channels" sweep: sums of a part of the filters, half of a first-level cache; fewest filters, and most."""
+"""Of sweeps by channel: sums of a part of the filters, half of a first-level cache; fewest filters, and most."""
 STREAMED_BYTES = 2 << 20
 """Outputs from this size on bypass the caches: they would push out the windows, and each of their lines would be
 read from memory before it is written."""
@@ -35,23 +35,27 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Choice:
-    """How a pass is cut up. Of its fields only `channel_block` decides the order of sums, hence the last bits.
+    """How a pass is cut up.
+
+    The order of sums, hence the last bits, depends on `channel_block` alone, and with sweeps by channel on nothing:
+    they add channel after channel.
 
     Attributes
     ----------
-    sweep : {"filters", "channels", "taps"}
-        The compute kernel: specialised for the pool, filter by filter or channel by channel, or generic.
+    sweep : {"filters", "channels", "pairs", "taps"}
+        The compute kernel: specialised for the pool, filter by filter, or channel by channel on single pixels or pairs
+        of them, or generic.
     tile : (int, int, int)
-        Blocks, rows and columns of output pixels that are computed at once.
+        Blocks, rows and columns of output pixels that are computed at once; one block in sweeps by channel.
     band : int
-        Tiles along the columns that share a window.
+        Tiles along the columns that share a window; one in sweeps by channel.
     channel_block : int
-        Input channels in a window, at most 255.
+        Input channels in a window; at most 255, unless in sweeps by channel.
     group : int
         Patterns that a "filters" sweep does at once.
     """
 
-    sweep: Literal["filters", "channels", "taps"]
+    sweep: Literal["filters", "channels", "pairs", "taps"]
     tile: tuple[int, int, int]
     band: int
     channel_block: int
@@ -127,16 +131,17 @@ def _pitch(rows: int, columns: int, channels: int) -> int:
     return min(range(columns, columns + 5), key=lambda pitch: (crowding(pitch), pitch))
 
 
-def prepare(layer: Layer, blocks: int, choice: Choice, short_chains: bool = False) -> Prepared:
+def prepare(layer: Layer, blocks: int, choice: Choice, short_chains: bool = False, in_place: bool = True) -> Prepared:
     """Lay out a pass. Without a compiler the generic sweep takes the place of a specialised one.
 
     With short chains, small tiles are faster, and their tile decides the last bits, too (see `SweepSpec`).
+    `in_place` allows sweeps by channel to read the input where it is instead of a copied window.
     """
     if choice.sweep == "taps":
         return _prepare_taps(layer, blocks, choice)
     try:
-        if choice.sweep == "channels":
-            return _prepare_channels(layer, blocks, choice)
+        if choice.sweep in ("channels", "pairs"):
+            return _prepare_channels(layer, blocks, choice, in_place)
         return _prepare_filters(layer, blocks, choice, short_chains)
     except BackendUnavailable as error:
         _warn_once(str(error))
@@ -209,7 +214,7 @@ def _prepare_filters(layer: Layer, blocks: int, choice: Choice, short_chains: bo
     })  # fmt: skip
 
 
-def _prepare_channels(layer: Layer, blocks: int, choice: Choice) -> Prepared:
+def _prepare_channels(layer: Layer, blocks: int, choice: Choice, in_place: bool) -> Prepared:
     """Lay out a pass whose records are kernels, by part of the filters and by channel in runs of one pattern."""
     window, structure = Window.of(layer, choice), _structure(layer, blocks, choice)
     sums, patterns = math.prod(choice.tile) * LANES, len(layer.patterns)
@@ -225,6 +230,7 @@ def _prepare_channels(layer: Layer, blocks: int, choice: Choice) -> Prepared:
     starts = np.zeros((structure.channel_blocks, layer.filters + 1), np.int64)
     starts[:, : -1 : structure.part] = np.searchsorted(item, np.arange(shape[0])).reshape(-1, parts)
     structure.phases = structure.groups = structure.keeps_sums = 1
+    structure.in_place = in_place
     structure.record_weights, structure.reversed, structure.records = layer.entries, layer.reversed, len(channel)
     structure.part_runs, structure.list_runs = math.prod(shape[1:]), parts * math.prod(shape[1:])
     return Prepared(structure, {
@@ -233,7 +239,7 @@ def _prepare_channels(layer: Layer, blocks: int, choice: Choice) -> Prepared:
         "runs": runs.astype(np.uint8),
         "offsets": (kernels.filters * sums).astype(np.int32),
         "gather": (kernels.numbers * layer.entries).astype(np.int32),
-        "sweeps": _specialised_sweeps(layer, blocks, choice, window, chains=1),
+        "sweeps": _specialised_sweeps(layer, blocks, choice, window, 1, layer.in_size if in_place else None),
     })  # fmt: skip
 
 
@@ -311,15 +317,20 @@ def _chains(layer: Layer, choice: Choice) -> int:
     return max(1, min(layer.entries, CHAINS // pixels))
 
 
-def _specialised_sweeps(layer: Layer, blocks: int, choice: Choice, window: Window, chains: int) -> NDArray[np.uint64]:
-    """Return the address of the sweep of each group and tile, compiled if need be."""
+def _specialised_sweeps(
+    layer: Layer, blocks: int, choice: Choice, window: Window, chains: int, planes: Pair | None = None
+) -> NDArray[np.uint64]:
+    """Return the address of the sweep of each group and tile, compiled if need be.
+
+    `planes`: rows of a channel and pixels of a row where the sweeps read, if that is not a copied window.
+    """
     shapes = tile_shapes(layer, blocks, choice, window)
     distinct = tuple(sorted(set(shapes), key=str))
     assert choice.sweep != "taps"
-    group = len(layer.patterns) if choice.sweep == "channels" else min(choice.group, len(layer.patterns))
+    group = len(layer.patterns) if choice.sweep in ("channels", "pairs") else min(choice.group, len(layer.patterns))
     spec = SweepSpec(
         choice.sweep, instruction_set(), layer.kernel_size, layer.patterns, group, layer.stride, layer.spread,
-        window.origin, window.size[0], window.pitch, choice.tile, chains,
+        window.origin, *(planes or (window.size[0], window.pitch)), choice.tile, chains,
     )  # fmt: skip
     addresses = iter(_addresses(spec, distinct))
     table: list[int] = []

@@ -11,3 +11,4 @@
 
 #include "abi.h"
 #include "scratch.h"
+#include "shares.h"

@@ -27,7 +27,7 @@ from clicktrain.kernels.cpu.library import function, instruction_set
 from clicktrain.kernels.cpu.passes import Choice, cuts, prepare, streams, taps_tile
 
 MAX_PATTERNS = 16
-CHANNEL_BLOCK = 64
+CHANNEL_BLOCK = {"avx512": 128, "avx2": 64, "portable": 64}
 DENSE_CHANNEL_BLOCK, DENSE = 32, 0.6
 """Where a filter keeps many kernels of a block, its window should stay in the first-level cache; where it keeps few,
 longer lists pay more."""
@@ -38,6 +38,7 @@ _FMA_LATENCY = 4
 _SUMS = {"avx512": 24, "avx2": 10, "portable": 8}
 _REGISTERS = 32  # of AVX-512, the only set that holds a window
 _SUMS_UNDER_WAY, _LEAST_PIXELS = 3, 4
+_FEW_PIXELS, _MORE_PIXELS, _LONG_RUN, PART_FILTERS = 15, 64, 2, 64
 
 Tile = tuple[int, int, int]
 
@@ -94,13 +95,15 @@ def fingerprint(layer: Layer, blocks: int) -> str:
 
 def estimate(layer: Layer, blocks: int) -> Choice:
     """Return a good way to cut up a pass, without measuring."""
-    density = len(layer.kernels.filters) / max(1, layer.filters * layer.channels)
-    channel_block = max(1, min(DENSE_CHANNEL_BLOCK if density > DENSE else CHANNEL_BLOCK, layer.channels))
+    channel_block = _channel_block(layer)
     if layer.kernel_size == 1 or len(layer.patterns) > MAX_PATTERNS:
         tile = taps_tile(layer)
         return Choice("taps", tile, _band(layer, tile), channel_block, group=1)
-    if max(layer.stride) > 1 and (tiles := _window_tiles(layer)):
-        return Choice("channels", tiles[0], 1, channel_block, len(layer.patterns))
+    by_channel = _by_channel(layer)
+    if by_channel and (max(layer.stride) > 1 or _suits_pairs(layer)):
+        return by_channel[0]
+    if by_channel and by_channel[-1].tile[1:] == layer.out_size:
+        return by_channel[-1]  # a window that is a whole small image
     tile = _by_cost(layer, blocks)[0]
     return Choice("filters", tile, _band(layer, tile), channel_block, _group(layer, channel_block))
 
@@ -110,18 +113,17 @@ def candidates(layer: Layer, blocks: int) -> list[Choice]:
     first = estimate(layer, blocks)
     found = [first]
     if first.sweep != "taps":
-        group = _group(layer, first.channel_block)
+        channel_block = _channel_block(layer)
+        group = _group(layer, channel_block)
         filters = [
-            Choice("filters", tile, _band(layer, tile), first.channel_block, group)
-            for tile in _by_cost(layer, blocks)[:3]
+            Choice("filters", tile, _band(layer, tile), channel_block, group) for tile in _by_cost(layer, blocks)[:3]
         ]
         found += [*filters, *(replace(filters[0], group=group) for group in (2, len(layer.patterns)))]
-        found += [
-            Choice("channels", tile, 1, first.channel_block, len(layer.patterns)) for tile in _window_tiles(layer)[:1]
-        ]
+        found += _by_channel(layer)
         tile = taps_tile(layer)
-        found.append(Choice("taps", tile, _band(layer, tile), first.channel_block, group=1))
-    found += [replace(first, channel_block=c) for c in (32, 128) if c < layer.channels]
+        found.append(Choice("taps", tile, _band(layer, tile), channel_block, group=1))
+    if first.sweep in ("filters", "taps"):
+        found += [replace(first, channel_block=c) for c in (32, 128) if c < layer.channels]
     return list(dict.fromkeys(found))
 
 
@@ -153,10 +155,13 @@ def _parsed(key: str, fields: Mapping[str, Any]) -> Choice:
         raise InvalidArgument(
             f"choice {key}={fields!r}: expected sweep, tile, band, channel_block and group"
         ) from error
+    by_channel = choice.sweep in ("channels", "pairs")
     if (
-        choice.sweep not in ("filters", "channels", "taps")
-        or min(b, r, c, choice.band, choice.group) < 1
-        or not 1 <= choice.channel_block < 256
+        choice.sweep not in ("filters", "channels", "pairs", "taps")
+        or min(b, r, c, choice.band, choice.group, choice.channel_block) < 1
+        or (by_channel and b * choice.band > 1)
+        or (choice.sweep == "pairs" and c % 2)
+        or (not by_channel and choice.channel_block >= 256)
     ):
         raise InvalidArgument(f"choice {key}={fields!r}: a value is out of range")
     return choice
@@ -181,8 +186,22 @@ def _write(key: str, choice: Choice) -> None:
         return  # measured again next time
 
 
+def _channel_block(layer: Layer) -> int:
+    block = DENSE_CHANNEL_BLOCK if _density(layer) > DENSE else CHANNEL_BLOCK[instruction_set()]
+    return max(1, min(block, layer.channels))
+
+
+def _density(layer: Layer) -> float:
+    return len(layer.kernels.filters) / max(1, layer.filters * layer.channels)
+
+
 def _group(layer: Layer, channel_block: int) -> int:
-    """Patterns at once: all, unless there are so many runs that the processor cannot learn their lengths by heart."""
+    """Patterns at once: all, unless there are so many runs that the processor cannot learn their lengths by heart.
+
+    Those with AVX-512 can, it seems: there all patterns at once have always been faster.
+    """
+    if instruction_set() == "avx512":
+        return len(layer.patterns)
     runs = layer.filters * -(-layer.channels // channel_block) * len(layer.patterns)
     return len(layer.patterns) if runs <= LEARNT_RUNS else 2
 
@@ -203,13 +222,22 @@ def _tiles(layer: Layer, blocks: int) -> list[Tile]:
     return tiles or [(1, u, v)]
 
 
+def _by_channel(layer: Layer) -> list[Choice]:
+    """Return the likeliest ways to go through the kernels channel by channel, the best first."""
+    if instruction_set() != "avx512" or layer.spread != (1, 1):
+        return []
+    channels, patterns = max(1, layer.channels), len(layer.patterns)
+    return [
+        *(Choice("pairs", tile, 1, channels, patterns) for tile in _pair_tiles(layer)),
+        *(Choice("channels", tile, 1, channels, patterns) for tile in _window_tiles(layer)[:1]),
+    ]
+
+
 def _window_tiles(layer: Layer) -> list[Tile]:
     """Return the tiles whose window fits into the registers beside weights and sums, the largest first.
 
     With few pixels a kernel loads and stores sums more than it computes: such tiles are left out.
     """
-    if instruction_set() != "avx512" or layer.spread != (1, 1):
-        return []
     (s, t), k = layer.stride, layer.kernel_size
     tiles = [
         (1, r, c)
@@ -220,6 +248,30 @@ def _window_tiles(layer: Layer) -> list[Tile]:
         and c <= layer.out_size[1]
     ]
     return sorted(tiles, key=lambda tile: (tile[1] * tile[2], tile[2]), reverse=True)
+
+
+def _pair_tiles(layer: Layer) -> list[Tile]:
+    """Return the tiles of 3x3 layers whose window of pairs fits into the registers, the one with less waste first."""
+    if layer.stride != (1, 1) or layer.kernel_size != 3:
+        return []
+    tiles = [(1, r, c) for r, c in ((2, 4), (4, 2)) if r <= layer.out_size[0] and c <= layer.out_size[1]]
+    return sorted(tiles, key=lambda tile: _pairs(layer.out_size[1], tile[2]))
+
+
+def _pairs(width: int, tile: int) -> int:
+    return sum(-(-length // 2) for _, length in cuts(width, tile, 1))
+
+
+def _suits_pairs(layer: Layer) -> bool:
+    """Tell whether pairs of pixels waste nothing: no pair sticks out, few taps read padding, and runs are long."""
+    height, width = layer.out_size
+    tiles = _pair_tiles(layer)
+    run = min(layer.filters, PART_FILTERS) * _density(layer) / len(layer.patterns)
+    return (
+        bool(tiles)
+        and 2 * _pairs(width, tiles[0][2]) == width
+        and height * width > (_FEW_PIXELS if run >= _LONG_RUN else _MORE_PIXELS)
+    )
 
 
 def _by_cost(layer: Layer, blocks: int) -> list[Tile]:
