@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from clicktrain.kernels.cpu import backend, library, memory, tuning
+from clicktrain.kernels.cpu import backend, codegen, library, memory, tuning
 from clicktrain.kernels.cpu.layer import Layer
 from clicktrain.kernels.cpu.passes import Choice, prepare
 from clicktrain.patterns import PatternPool, all_patterns, official_pool
@@ -57,7 +57,7 @@ def check(case: Case) -> None:
 @given(cases())
 def test_generic_kernels(case: Case) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning, "MAX_PATTERNS", 0)  # the generic sweep for every pool
+        patch.setattr(codegen, "MAX_PATTERNS", 0)  # the generic sweep for every pool
         tuning.forget()
         check(case)
 

@@ -20,7 +20,7 @@ import clicktrain
 from clicktrain import ClickTrain, flops, kernels, models
 from clicktrain.errors import BackendUnavailable
 from clicktrain.kernels import build
-from clicktrain.kernels.cpu import backend, library, passes, runtime
+from clicktrain.kernels.cpu import backend, gradients, library, passes, runtime
 from clicktrain.preparation import plans
 from tests.kernels.cases import Case
 from tests.kernels.test_cpu_backend import SQUARES, run
@@ -41,10 +41,12 @@ def cache(shared_cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """Start with the generic library loaded, and nothing specialised compiled or laid out."""
     library.load()
     monkeypatch.setenv("CLICKTRAIN_CACHE_DIR", str(tmp_path / "cache"))
-    for forget in (runtime.forget, passes._addresses.cache_clear):
+    for forget in (runtime.forget, passes._addresses.cache_clear, gradients._addresses.cache_clear):
         forget()
     yield tmp_path / "cache"
-    for forget in (runtime.forget, passes._addresses.cache_clear, passes._warn_once.cache_clear):
+    for forget in (
+        runtime.forget, passes._addresses.cache_clear, gradients._addresses.cache_clear, passes.warn_once.cache_clear,
+    ):  # fmt: skip
         forget()
 
 
@@ -59,6 +61,7 @@ def test_what_was_prepared_is_not_compiled_again_and_gives_the_same_bits(monkeyp
     expected = run(CASE)
     runtime.forget()
     passes._addresses.cache_clear()
+    gradients._addresses.cache_clear()
     monkeypatch.setenv("CLICKTRAIN_CACHE_DIR", os.environ["CLICKTRAIN_CACHE_DIR"] + "-2")
     made = kernels.prepare([CASE.plan()])
     assert made.is_done
@@ -90,6 +93,7 @@ def test_failures_are_logged_and_end_nothing(monkeypatch: pytest.MonkeyPatch, ca
     expected = run(CASE)
     runtime.forget()
     passes._addresses.cache_clear()
+    gradients._addresses.cache_clear()
     monkeypatch.setenv("CLICKTRAIN_CACHE_DIR", os.environ["CLICKTRAIN_CACHE_DIR"] + "-2")
     monkeypatch.setattr(build, "_build", disk_is_full)
     with caplog.at_level(logging.WARNING):

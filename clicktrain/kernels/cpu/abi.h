@@ -77,6 +77,22 @@ struct Epilogue {
   int32_t relu;
 };
 
+// What one call of a specialised accumulator needs (accumulators.py): a channel and a few filters, and a chunk of
+// rows of some blocks. Strides are in floats.
+struct Accumulation {
+  const float* x;            // of the channel, so many pixels before it as there is padding
+  int64_t x_block, x_row;
+  const float* const* dy;    // [filters] of the first block
+  int64_t dy_block, dy_row;
+  int32_t blocks, row, rows; // rows of the output
+  const int32_t* row_ends;     // [classes of rows]
+  const int64_t* column_ends;  // [classes of columns] in floats
+  const float* sums_in;      // [filters][entries][8]; null = zero
+  float* sums_out;
+};
+
+typedef void (*AccumulateFunction)(const Accumulation*);
+
 // The gradient of the values: dvalues[kernel][entry] = sum over images and pixels of x * dy.
 struct Gradient {
   int32_t blocks;
@@ -93,6 +109,10 @@ struct Gradient {
   const int32_t* kernel_filters;   // [kernels]
   const int32_t* kernel_ids;       // [kernels] canonical number
   const int32_t* positions;        // [patterns][entries] row * kernel_size + column
+  const AccumulateFunction* accumulators;  // [patterns][most_filters], or null: the generic ones
+  const int32_t* row_ends;         // see Accumulation
+  const int64_t* column_ends;
+  int32_t most_filters;            // at once
 };
 
 // How NCHW images become lanes: lane = image, or lane = strip of one image in a grid of eight strips.

@@ -57,11 +57,11 @@ def grad_input(dy: Tensor, values: Tensor, plan: Plan) -> Tensor:
 def grad_values(x: Tensor, dy: Tensor, plan: Plan) -> Tensor:
     """Return the gradient (kept_kernels, entries) of the values; raises as `forward`."""
     x, dy = _checked("x", x, plan.input_shape), _checked("dy", dy, plan.output_shape)
-    dvalues = x.new_zeros(plan.values_shape)
-    if not _empty(plan):
-        runtime = runtime_of(plan)
-        packing = runtime.forward_packing
-        _run("gradient", runtime.gradient_strips, _pack(x, packing.source), _pack(dy, packing.target), dvalues)
+    if _empty(plan):
+        return x.new_zeros(plan.values_shape)
+    dvalues, runtime = memory.empty(*plan.values_shape), runtime_of(plan)
+    packing = runtime.forward_packing
+    _run("gradient", runtime.gradient_strips, _pack(x, packing.source), _pack(dy, packing.target), dvalues)
     return dvalues
 
 
@@ -80,9 +80,10 @@ def grad_input_blocked(dyb: Tensor, values: Tensor, plan: Plan) -> Tensor:
 def grad_values_blocked(xb: Tensor, dyb: Tensor, plan: Plan) -> Tensor:
     """As `grad_values` on blocked activations."""
     xb, dyb = _checked("xb", xb, _blocked(plan.input_shape)), _checked("dyb", dyb, _blocked(plan.output_shape))
-    dvalues = xb.new_zeros(plan.values_shape)
-    if not _empty(plan):
-        _run("gradient", runtime_of(plan).gradient, xb, dyb, dvalues)
+    if _empty(plan):
+        return xb.new_zeros(plan.values_shape)
+    dvalues = memory.empty(*plan.values_shape)
+    _run("gradient", runtime_of(plan).gradient, xb, dyb, dvalues)
     return dvalues
 
 

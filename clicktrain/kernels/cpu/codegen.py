@@ -43,6 +43,8 @@ TARGETS = {
 """Instruction set -> bits of a register, and what the compiler calls the set."""
 SUMS_AT_ONCE = 8
 """Sums that a "channels" sweep loads before it stores them."""
+MAX_PATTERNS = 16
+"""Larger pools have no code of their own."""
 PIXELS_PER_LINE = 2
 """Of a cache."""
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-Wno-psabi")
@@ -108,19 +110,24 @@ def library(spec: SweepSpec, shapes: tuple[TileShape, ...]) -> Library:
 
 def render(spec: SweepSpec, shapes: tuple[TileShape, ...]) -> str:
     """Return the translation unit with the sweeps of all shapes."""
-    bits, target = TARGETS[spec.instruction_set]
-    lines = [
-        f"#define CLICKTRAIN_ISA {spec.instruction_set}",
-        f"#define CLICKTRAIN_VECTOR_BITS {bits}",
-        '#include "abi.h"',
-        *([f'#pragma GCC target("{target}")'] if target else []),
-        '#include "lanes.h"',
-        f"using namespace {spec.instruction_set};",
-    ]
+    lines = header(spec.instruction_set)
     write = _filters if spec.sweep == "filters" else _channels
     for number, (patterns, shape) in enumerate(product(spec.groups(), shapes)):
         lines += ["", *write(f"clicktrain_sweep_{number}", patterns, spec, shape)]
     return "\n".join(lines) + "\n"
+
+
+def header(instruction_set: str) -> list[str]:
+    """Return the first lines of a translation unit for an instruction set."""
+    bits, target = TARGETS[instruction_set]
+    return [
+        f"#define CLICKTRAIN_ISA {instruction_set}",
+        f"#define CLICKTRAIN_VECTOR_BITS {bits}",
+        '#include "abi.h"',
+        *([f'#pragma GCC target("{target}")'] if target else []),
+        '#include "lanes.h"',
+        f"using namespace {instruction_set};",
+    ]
 
 
 def _filters(name: str, patterns: tuple[tuple[int, ...], ...], spec: SweepSpec, shape: TileShape) -> list[str]:

@@ -46,7 +46,9 @@ class Gradient(ctypes.Structure):
         )),
         *((name, _pointer) for name in (
             "task_starts", "run_starts", "run_channels", "run_patterns", "kernel_filters", "kernel_ids", "positions",
+            "accumulators", "row_ends", "column_ends",
         )),
+        ("most_filters", _i32),
     )  # fmt: skip
 
 

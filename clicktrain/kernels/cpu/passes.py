@@ -18,8 +18,8 @@ from clicktrain.errors import BackendUnavailable
 from clicktrain.kernels import build
 from clicktrain.kernels.cpu import codegen
 from clicktrain.kernels.cpu.codegen import LANES, SweepSpec, TileShape
-from clicktrain.kernels.cpu.layer import Integers, Layer, Pair
-from clicktrain.kernels.cpu.library import Gradient, Pass, instruction_set, sweep_taps
+from clicktrain.kernels.cpu.layer import Layer, Pair
+from clicktrain.kernels.cpu.library import Pass, instruction_set, sweep_taps
 from clicktrain.kernels.cpu.reorder import reorder
 
 ITEMS_PER_THREAD, FILTERS_PER_PART = 4, 16
@@ -144,12 +144,13 @@ def prepare(layer: Layer, blocks: int, choice: Choice, short_chains: bool = Fals
             return _prepare_channels(layer, blocks, choice, in_place)
         return _prepare_filters(layer, blocks, choice, short_chains)
     except BackendUnavailable as error:
-        _warn_once(str(error))
+        warn_once(str(error))
         return _prepare_taps(layer, blocks, replace(choice, sweep="taps", tile=taps_tile(layer)))
 
 
 @cache
-def _warn_once(reason: str) -> None:
+def warn_once(reason: str) -> None:
+    """Say why the generic kernels are used, the first time."""
     logger.warning("specialised convolution kernels are not available, the generic one is slower: %s", reason)
 
 
@@ -332,54 +333,20 @@ def _specialised_sweeps(
         choice.sweep, instruction_set(), layer.kernel_size, layer.patterns, group, layer.stride, layer.spread,
         window.origin, *(planes or (window.size[0], window.pitch)), choice.tile, chains,
     )  # fmt: skip
-    addresses = iter(_addresses(spec, distinct))
+    found = iter(_addresses(spec, distinct))
     table: list[int] = []
     for _ in spec.groups():
-        address = {shape: next(addresses) for shape in distinct}
+        address = {shape: next(found) for shape in distinct}
         table += [address[shape] for shape in shapes]
     return np.array(table, np.uint64)
 
 
 @cache
 def _addresses(spec: SweepSpec, shapes: tuple[TileShape, ...]) -> list[int]:
-    library = build.load(codegen.library(spec, shapes))
-    names = (f"clicktrain_sweep_{number}" for number in range(len(shapes) * len(spec.groups())))
-    return [ctypes.cast(library[name], ctypes.c_void_p).value or 0 for name in names]
+    return addresses(codegen.library(spec, shapes), "clicktrain_sweep", len(shapes) * len(spec.groups()))
 
 
-TASKS = 16
-CHUNK_VECTORS = 32768  # of dy, 1 MB: with smaller chunks the sums are loaded and stored too often
-
-
-def prepare_gradient(layer: Layer, blocks: int) -> Prepared:
-    """Lay out the gradient of the values of a forward pass: kernels by channel, pattern and filter."""
-    kernels = layer.kernels
-    kernels = kernels[np.lexsort((kernels.filters, kernels.patterns, kernels.channels))]
-    starts = np.flatnonzero(np.diff(kernels.channels * len(layer.patterns) + kernels.patterns, prepend=-1))
-    run_channels = kernels.channels[starts]
-    (out_h, out_w), (in_h, in_w) = layer.out_size, layer.in_size
-    structure = Gradient(
-        blocks=blocks, channels=layer.channels, in_h=in_h, in_w=in_w, filters=layer.filters, out_h=out_h, out_w=out_w,
-        stride_h=layer.stride[0], stride_w=layer.stride[1], pad_h=layer.padding[0], pad_w=layer.padding[1],
-        kernel_size=layer.kernel_size, entries=layer.entries, tasks=TASKS,
-        chunk_blocks=max(1, min(blocks, CHUNK_VECTORS // max(1, layer.filters * out_w * out_h))),
-        chunk_rows=max(1, min(out_h, CHUNK_VECTORS // max(1, layer.filters * out_w))),
-    )  # fmt: skip
-    arrays = {
-        "task_starts": _task_starts(run_channels, starts, len(kernels.filters)),
-        "run_starts": np.append(starts, len(kernels.filters)),
-        "run_channels": run_channels,
-        "run_patterns": kernels.patterns[starts],
-        "kernel_filters": kernels.filters,
-        "kernel_ids": kernels.numbers,
-        "positions": np.array(layer.patterns),
-    }
-    return Prepared(structure, {name: np.ascontiguousarray(array, np.int32) for name, array in arrays.items()})
-
-
-def _task_starts(run_channels: Integers, run_starts: Integers, kernels: int) -> Integers:
-    """Cut the runs into tasks of about equally many kernels, between channels."""
-    new_channel = np.flatnonzero(np.diff(run_channels, prepend=-1))
-    wanted = np.arange(TASKS) * kernels / TASKS
-    cut = np.append(new_channel, len(run_channels))[np.searchsorted(run_starts[new_channel], wanted)]
-    return np.append(cut, len(run_channels))
+def addresses(library: build.Library, name: str, count: int) -> list[int]:
+    """Compile a library if need be and return where its functions `<name>_<number>` are."""
+    loaded = build.load(library)
+    return [ctypes.cast(loaded[f"{name}_{number}"], ctypes.c_void_p).value or 0 for number in range(count)]

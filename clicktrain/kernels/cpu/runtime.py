@@ -9,9 +9,10 @@ from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 from clicktrain.kernels.cpu.codegen import LANES
+from clicktrain.kernels.cpu.gradients import prepare_gradient
 from clicktrain.kernels.cpu.layer import Layer, Pair
 from clicktrain.kernels.cpu.library import Lanes
-from clicktrain.kernels.cpu.passes import Choice, Prepared, prepare, prepare_gradient
+from clicktrain.kernels.cpu.passes import Choice, Prepared, prepare
 from clicktrain.kernels.cpu.tuning import choice_for, import_choices, tune_pass
 from clicktrain.kernels.plan import Plan
 

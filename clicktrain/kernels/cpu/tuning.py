@@ -22,11 +22,11 @@ import torch
 from clicktrain.errors import BackendUnavailable, InvalidArgument
 from clicktrain.files import write_atomic
 from clicktrain.kernels import build
+from clicktrain.kernels.cpu import codegen
 from clicktrain.kernels.cpu.layer import Layer
 from clicktrain.kernels.cpu.library import function, instruction_set
 from clicktrain.kernels.cpu.passes import Choice, cuts, prepare, streams, taps_tile
 
-MAX_PATTERNS = 16
 CHANNEL_BLOCK = {"avx512": 128, "avx2": 64, "portable": 64}
 DENSE_CHANNEL_BLOCK, DENSE = 32, 0.6
 """Where a filter keeps many kernels of a block, its window should stay in the first-level cache; where it keeps few,
@@ -96,7 +96,7 @@ def fingerprint(layer: Layer, blocks: int) -> str:
 def estimate(layer: Layer, blocks: int) -> Choice:
     """Return a good way to cut up a pass, without measuring."""
     channel_block = _channel_block(layer)
-    if layer.kernel_size == 1 or len(layer.patterns) > MAX_PATTERNS:
+    if layer.kernel_size == 1 or len(layer.patterns) > codegen.MAX_PATTERNS:
         tile = taps_tile(layer)
         return Choice("taps", tile, _band(layer, tile), channel_block, group=1)
     by_channel = _by_channel(layer)

@@ -1,0 +1,98 @@
+"""From a plan to the arrays and functions of the gradient of the values (`struct Gradient`)."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import numpy as np
+import torch
+
+from clicktrain.errors import BackendUnavailable
+from clicktrain.kernels.cpu import accumulators, codegen
+from clicktrain.kernels.cpu.accumulators import AccumulatorSpec, merged, taps_by_pixel
+from clicktrain.kernels.cpu.codegen import LANES
+from clicktrain.kernels.cpu.layer import Integers, Layer
+from clicktrain.kernels.cpu.library import Gradient, instruction_set
+from clicktrain.kernels.cpu.passes import Prepared, addresses, warn_once
+
+TASKS = 64
+CHUNK_VECTORS = 1 << 16  # of dy, 2 MB: with smaller chunks the sums are loaded and stored too often
+STRAIGHT_PIXELS = 16
+"""Of an output: up to so many, the code for it has no loops over pixels."""
+RUN = 6
+"""Kernels of one channel and pattern that a part of the filters should have at least: as many as share registers."""
+
+
+def prepare_gradient(layer: Layer, blocks: int) -> Prepared:
+    """Lay out the gradient of the values of a forward pass: kernels by part, channel, pattern and filter.
+
+    A part is so many filters that those of one thread fit its caches together with its share of the result.
+    """
+    part = _part(layer)
+    kernels = layer.kernels
+    parts = kernels.filters // part
+    kernels = kernels[np.lexsort((kernels.filters, kernels.patterns, kernels.channels, parts))]
+    channels = kernels.filters // part * layer.channels + kernels.channels  # of each part, one after the other
+    starts = np.flatnonzero(np.diff(channels * len(layer.patterns) + kernels.patterns, prepend=-1))
+    (out_h, out_w), (in_h, in_w) = layer.out_size, layer.in_size
+    made = Prepared(Gradient(
+        blocks=blocks, channels=layer.channels, in_h=in_h, in_w=in_w, filters=layer.filters, out_h=out_h, out_w=out_w,
+        stride_h=layer.stride[0], stride_w=layer.stride[1], pad_h=layer.padding[0], pad_w=layer.padding[1],
+        kernel_size=layer.kernel_size, entries=layer.entries, tasks=TASKS,
+        chunk_blocks=max(1, min(blocks, CHUNK_VECTORS // (part * out_w * out_h))),
+        chunk_rows=max(1, min(out_h, CHUNK_VECTORS // (part * out_w))),
+    ), {})  # fmt: skip
+    arrays = {
+        "task_starts": _task_starts(channels[starts], starts, len(kernels.filters)),
+        "run_starts": np.append(starts, len(kernels.filters)),
+        "run_channels": kernels.channels[starts],
+        "run_patterns": kernels.patterns[starts],
+        "kernel_filters": kernels.filters,
+        "kernel_ids": kernels.numbers,
+        "positions": np.array(layer.patterns),
+    }
+    for name, array in arrays.items():
+        made.add(name, np.ascontiguousarray(array, np.int32))
+    if layer.kernel_size > 1 and len(layer.patterns) <= codegen.MAX_PATTERNS:
+        _add_accumulators(made, layer)
+    return made
+
+
+def _part(layer: Layer) -> int:
+    """Return the filters of a part: one part a thread, if runs stay long enough."""
+    run = len(layer.kernels.filters) / max(1, layer.channels * len(layer.patterns))
+    parts = max(1, min(torch.get_num_threads(), int(run / RUN)))
+    return max(1, -(-layer.filters // parts))
+
+
+def _task_starts(channels: Integers, run_starts: Integers, kernels: int) -> Integers:
+    """Cut the runs into tasks of about equally many kernels, between channels."""
+    new_channel = np.flatnonzero(np.diff(channels, prepend=-1))
+    wanted = np.arange(TASKS) * kernels / TASKS
+    cut = np.append(new_channel, len(channels))[np.searchsorted(run_starts[new_channel], wanted)]
+    return np.append(cut, len(channels))
+
+
+def _add_accumulators(made: Prepared, layer: Layer) -> None:
+    """Let a gradient use specialised accumulators, compiled if need be and possible."""
+    axes = zip(layer.out_size, layer.in_size, layer.stride, layer.padding, strict=True)
+    pixels = [taps_by_pixel(o, i, layer.kernel_size, s, p) for o, i, s, p in axes]
+    (rows, row_ends), (columns, column_ends) = (merged(axis) for axis in pixels)
+    small = math.prod(layer.out_size) <= STRAIGHT_PIXELS
+    classes, width = ((pixels[0], pixels[1]), layer.in_size[1]) if small else ((rows, columns), None)
+    spec = AccumulatorSpec(instruction_set(), layer.kernel_size, layer.patterns, layer.stride, classes, width)
+    try:
+        found = _addresses(spec)
+    except BackendUnavailable as error:
+        warn_once(str(error))
+        return
+    made.add("accumulators", np.array(found, np.uint64))
+    made.add("row_ends", np.array(row_ends, np.int32))
+    made.add("column_ends", np.array(column_ends, np.int64) * LANES)
+    made.structure.most_filters = spec.filters
+
+
+@cache
+def _addresses(spec: AccumulatorSpec) -> list[int]:
+    return addresses(accumulators.library(spec), "clicktrain_accumulate", len(spec.patterns) * spec.filters)
