@@ -178,7 +178,7 @@ class Preset(Section):
             "data": {"name": "fashion-mnist-small", "train_limit": 60},
             "model": {"name": config.model.name.removeprefix("imagenet_").removesuffix("_bn"), "width": 0.125},
             "train": _SMOKE_TRAIN,
-            "method": {"name": config.method.name, "options": options},
+            "method": {"name": config.method.name, "options": {**config.method.options, **options}},
         }
 
 

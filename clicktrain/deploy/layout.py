@@ -95,15 +95,13 @@ def layer_on(layer: Layer, forms: Windowed) -> Layer:
     reads = tuple(
         (size - 1) * step + layer.kernel_size for size, step in zip(forms.target.size, layer.stride, strict=True)
     )
-    return replace(layer, out_size=forms.target.size, in_size=(reads[0], reads[1]), padding=(0, 0))
+    return replace(layer, out_size=forms.target.size, in_size=(reads[0], reads[1]), padding=(0, 0), in_place=False)
 
 
 def prepare_on(layer: Layer, forms: Windowed, images: int, choice: Choice) -> Prepared:
     """Lay out a convolution pass on these forms; `layer` is the whole one."""
-    images_on_lanes = forms.target.grid == IMAGES
-    on_forms, blocks = layer_on(layer, forms), forms.target.blocks(images)
-    made = prepare(on_forms, blocks, choice, short_chains=True, in_place=images_on_lanes)
-    if not images_on_lanes:
+    made = prepare(layer_on(layer, forms), forms.target.blocks(images), choice, short_chains=True)
+    if forms.target.grid != IMAGES:
         structure = made.structure
         structure.start_h -= layer.padding[0]
         structure.start_w -= layer.padding[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -106,7 +107,7 @@ def test_sweeps_by_channel(case: Case, channel_block: int) -> None:
             if (sweep == "pairs" and max(layer.stride + layer.spread) > 1) or tile[1] % layer.spread[0]:
                 continue
             choice = Choice(sweep, tile, 1, channel_block, len(layer.patterns))
-            prepared = prepare(layer, blocks, choice, in_place=in_place)
+            prepared = prepare(replace(layer, in_place=in_place), blocks, choice)
             y = memory.empty(blocks, layer.filters, *layer.out_size, 8)
             library.function("convolve")(prepared.address, source.data_ptr(), values.data_ptr(), y.data_ptr(), 2)
             assert relative_error(backend.unpack(y, case.images), want[name]) < 1e-5, f"{choice} {in_place} {case}"

@@ -131,17 +131,16 @@ def _pitch(rows: int, columns: int, channels: int) -> int:
     return min(range(columns, columns + 5), key=lambda pitch: (crowding(pitch), pitch))
 
 
-def prepare(layer: Layer, blocks: int, choice: Choice, short_chains: bool = False, in_place: bool = True) -> Prepared:
+def prepare(layer: Layer, blocks: int, choice: Choice, short_chains: bool = False) -> Prepared:
     """Lay out a pass. Without a compiler the generic sweep takes the place of a specialised one.
 
     With short chains, small tiles are faster, and their tile decides the last bits, too (see `SweepSpec`).
-    `in_place` allows sweeps by channel to read the input where it is instead of a copied window.
     """
     if choice.sweep == "taps":
         return _prepare_taps(layer, blocks, choice)
     try:
         if choice.sweep in ("channels", "pairs"):
-            return _prepare_channels(layer, blocks, choice, in_place)
+            return _prepare_channels(layer, blocks, choice)
         return _prepare_filters(layer, blocks, choice, short_chains)
     except BackendUnavailable as error:
         warn_once(str(error))
@@ -215,7 +214,7 @@ def _prepare_filters(layer: Layer, blocks: int, choice: Choice, short_chains: bo
     })  # fmt: skip
 
 
-def _prepare_channels(layer: Layer, blocks: int, choice: Choice, in_place: bool) -> Prepared:
+def _prepare_channels(layer: Layer, blocks: int, choice: Choice) -> Prepared:
     """Lay out a pass whose records are kernels, by part of the filters and by channel in runs of one pattern."""
     window, structure = Window.of(layer, choice), _structure(layer, blocks, choice)
     sums, patterns = math.prod(choice.tile) * LANES, len(layer.patterns)
@@ -231,7 +230,7 @@ def _prepare_channels(layer: Layer, blocks: int, choice: Choice, in_place: bool)
     starts = np.zeros((structure.channel_blocks, layer.filters + 1), np.int64)
     starts[:, : -1 : structure.part] = np.searchsorted(item, np.arange(shape[0])).reshape(-1, parts)
     structure.phases = structure.groups = structure.keeps_sums = 1
-    structure.in_place = in_place
+    structure.in_place = layer.in_place
     structure.record_weights, structure.reversed, structure.records = layer.entries, layer.reversed, len(channel)
     structure.part_runs, structure.list_runs = math.prod(shape[1:]), parts * math.prod(shape[1:])
     return Prepared(structure, {
@@ -240,7 +239,7 @@ def _prepare_channels(layer: Layer, blocks: int, choice: Choice, in_place: bool)
         "runs": runs.astype(np.uint8),
         "offsets": (kernels.filters * sums).astype(np.int32),
         "gather": (kernels.numbers * layer.entries).astype(np.int32),
-        "sweeps": _specialised_sweeps(layer, blocks, choice, window, 1, layer.in_size if in_place else None),
+        "sweeps": _specialised_sweeps(layer, blocks, choice, window, 1, layer.in_size if layer.in_place else None),
     })  # fmt: skip
 
 

@@ -88,7 +88,7 @@ def fingerprint(layer: Layer, blocks: int) -> str:
     """Return a name for all passes that are cut up alike: their geometry, their patterns and how much they keep."""
     facts = (
         layer.filters, layer.channels, len(layer.kernels.filters), layer.patterns, layer.kernel_size, layer.in_size,
-        layer.out_size, layer.stride, layer.spread, layer.padding, blocks, instruction_set(),
+        layer.out_size, layer.stride, layer.spread, layer.padding, layer.in_place, blocks, instruction_set(),
     )  # fmt: skip
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 
@@ -226,7 +226,8 @@ def _by_channel(layer: Layer) -> list[Choice]:
     """Return the likeliest ways to go through the kernels channel by channel, the best first."""
     if instruction_set() != "avx512" or layer.spread != (1, 1):
         return []
-    channels, patterns = max(1, layer.channels), len(layer.patterns)
+    channels = max(1, layer.channels) if layer.in_place else _channel_block(layer)
+    patterns = len(layer.patterns)
     return [
         *(Choice("pairs", tile, 1, channels, patterns) for tile in _pair_tiles(layer)),
         *(Choice("channels", tile, 1, channels, patterns) for tile in _window_tiles(layer)[:1]),
