@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from clicktrain.errors import ConfigError
 from clicktrain.files import write_atomic
-from reproductions import arithmetic, retained
+from reproductions import arithmetic, paths, retained
 from reproductions.claims import CLAIMS, Claim
 from reproductions.preset import MethodRow
 from reproductions.store import Study
@@ -21,12 +23,16 @@ _METHODS = (
     "method", "runs", "accuracy, %", "less dense, points", "compression", "inference FLOPs saved, %",
     "training FLOPs saved, %", "time / dense",
 )  # fmt: skip
+_COSTS = {"load_ms": 0, "peak_mb": 0, "file_mb": 1}
+_ENGINES = (
+    "network", "engine", "ms", "times slower than clicktrain", "error", "loads in, ms", "peak memory, MB", "file, MB",
+)  # fmt: skip
 
 
 def render() -> str:
     """Return all tables as Markdown."""
     studies = evidence_studies()
-    parts = [claims_table(), accountings_table(), *(methods_table(study) for study in studies)]
+    parts = [claims_table(), accountings_table(), *(methods_table(study) for study in studies), *inference_tables()]
     return "\n\n".join(parts)
 
 
@@ -126,6 +132,36 @@ def _retained(kept: Sequence[retained.RetainedRow], method: MethodRow) -> str:
     score, size = options.get("score", "taylor"), options.get("patterns")
     found = [row.pools[options["pool"]] for row in kept if (row.score, row.size) == (score, size)]
     return spread(found[0], 1) if found else MISSING
+
+
+def inference_tables() -> list[str]:
+    """Return what `bench.inference` measured of whole networks, a table for each stored run of it."""
+    records = [json.loads(path.read_text()) for path in sorted(paths.BENCHMARKS.glob("inference*.json"))]
+    return [_inference_table(record) for record in records]
+
+
+def _inference_table(record: Any) -> str:
+    cpu, threads = record["provenance"]["cpu"]["model"], record["provenance"]["threads"]["torch"]
+    title = f"Inference of pruned networks, {cpu}, {threads} threads, medians of interleaved runs:"
+    rows = [_engine_row(row, timing) for row in record["rows"] for timing in row["timings"] if timing["name"] != "peak"]
+    return f"{title}\n\n{_table(_ENGINES, rows)}"
+
+
+def _engine_row(row: Mapping[str, Any], timing: Mapping[str, Any]) -> Sequence[str]:
+    name = timing["name"]
+    speedup, goal, cost = row["speedup"].get(name), row["goals"].get(name), row["costs"].get(name, {})
+    times = "" if speedup is None else f"{speedup:.2f}x"
+    if goal is not None:
+        times += f" (goal {goal:.1f}x{'' if speedup >= goal else ', missed'})"
+    costs = [f"{cost[key]:.{digits}f}" if key in cost else "" for key, digits in _COSTS.items()]
+    return (
+        f"{row['network']}, {row['compression']:.1f}x, batch {row['batch']}",
+        name,
+        f"{timing['median_ms']:.2f}",
+        times,
+        f"{timing['error']:.0e}",
+        *costs,
+    )
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

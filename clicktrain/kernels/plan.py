@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,6 +64,11 @@ class Plan:
         """Places of the kept weights in the flattened dense weight, (kept_kernels, entries) int64."""
         return kept_positions(self.index, self.pool)
 
+    @cached_property
+    def kept_kernels(self) -> int:
+        """How many kernels are left."""
+        return int(np.count_nonzero(self.index.numpy() != PRUNED))
+
     @property
     def weight_shape(self) -> tuple[int, int, int, int]:
         """Shape (C_out, C_in, k, k) of the dense weight."""
@@ -70,12 +77,12 @@ class Plan:
     @property
     def values_shape(self) -> Pair:
         """Shape (kept_kernels, entries) of the values."""
-        return (self.positions.shape[0], self.pool.entries)
+        return (self.kept_kernels, self.pool.entries)
 
     @property
     def macs(self) -> int:
         """Multiply-accumulates of a forward pass, padding included."""
-        return self.positions.numel() * self.input_shape[0] * self.output_shape[2] * self.output_shape[3]
+        return math.prod(self.values_shape) * self.input_shape[0] * self.output_shape[2] * self.output_shape[3]
 
     def __str__(self) -> str:
         kept, total = self.values_shape[0], self.index.numel()
@@ -147,7 +154,7 @@ def plan(
     digest = _digest(index, pool, shape, stride, padding)
     if digest not in _cache:
         _check(index, pool, shape, stride, padding)
-        _cache[digest] = Plan(index.clone(), pool, shape, stride, padding, digest)  # type: ignore[arg-type]
+        _cache[digest] = Plan(torch.from_numpy(index.numpy().copy()), pool, shape, stride, padding, digest)  # type: ignore[arg-type]
         if len(_cache) > _CACHE_SIZE:
             _cache.popitem(last=False)
     _cache.move_to_end(digest)
@@ -163,8 +170,9 @@ def _digest(index: Tensor, pool: PatternPool, *rest: object) -> str:
 def _check(index: Tensor, pool: PatternPool, shape: tuple[int, ...], stride: Pair, padding: Pair) -> None:
     if index.dtype != torch.uint8 or index.ndim != 2:
         raise InvalidArgument(f"assignment: expected a uint8 (C_out, C_in) tensor, got {index.dtype} {index.ndim}-D")
-    used = index[index != PRUNED]
-    if used.numel() and int(used.max()) >= len(pool):
+    numbers = index.numpy()
+    used = numbers[numbers != PRUNED]
+    if used.size and int(used.max()) >= len(pool):
         raise InvalidArgument(f"assignment: index {int(used.max())} is outside the pool of {len(pool)} patterns")
     if len(shape) != 4 or shape[1] != index.shape[1] or min(shape) < 0:
         raise InvalidArgument(f"input_shape={shape}: expected (N, {index.shape[1]}, H, W)")

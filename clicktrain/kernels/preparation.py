@@ -101,6 +101,8 @@ def _prepare(wanted: Mapping[Plan, Collection[str]], backend: str, device: str, 
     work: list[Callable[[], object]] = [call for plan, uses in wanted.items() for call in preparations(plan, uses)]
     work = work[::-1]  # `pop` takes the first
 
+    # Layouts are made by numpy, not by torch: a second thread with a team of OpenMP threads makes those of the main
+    # thread sleep between any two operations of a training step, and waking them costs more than a small operation.
     def worker() -> None:
         if background:
             build.be_nice()

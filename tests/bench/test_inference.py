@@ -49,7 +49,10 @@ def test_the_command_compares_and_stores_with_provenance(
     assert "--deepsparse" in row["not_run"]["deepsparse"]
     assert {t["name"] for t in row["timings"]} == {"clicktrain", "torch", "peak"}
     assert 0 < row["share_of_peak"] < 1
-    assert row["file_bytes"]["clicktrain"] > 0
+    assert {name: cost["file_mb"] > 0 < cost["load_ms"] for name, cost in row["costs"].items()} == {
+        "clicktrain": True, "torch": True,
+    }  # fmt: skip
+    assert row["compression"] == pytest.approx(4.0, rel=0.1)
     assert report["provenance"]["packages"]["torch"]
     printed = capsys.readouterr().out
     assert "goal 0.0x  reached" in printed
@@ -61,6 +64,31 @@ def test_a_wrong_engine_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inference, "rivals", lambda *_: {"torch": wrong})
     with pytest.raises(timing.WrongResult, match="torch is wrong"):
         inference.measure(SMALL, 2, 1, ["torch"], None)
+
+
+def row(compression: float, batch: int, **speedup: float) -> dict[str, object]:
+    return {"network": "net", "compression": compression, "batch": batch, "speedup": speedup}
+
+
+def test_the_crossover_is_against_the_best_dense_engine() -> None:
+    rows = [
+        row(2.0, 1, torch=1.2, onnxruntime=0.5, deepsparse=0.1), row(4.0, 1, torch=3.0, onnxruntime=1.5),
+        row(2.0, 8, torch=1.5), row(2.0, 9, torch=0.9), row(4.0, 9, torch=0.8),
+    ]  # fmt: skip
+    assert inference.crossovers(rows) == [
+        "net, batch 1: beats the best dense engine from 3.0x on; never slower than 0.50x of it",
+        "net, batch 8: beats the best dense engine from 2.0x on, the least measured; never slower than 1.50x of it",
+        "net, batch 9: does not beat the best dense engine up to 4.0x; never slower than 0.80x of it",
+    ]
+
+
+def test_a_network_with_ratios_has_no_other_compression(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ratios = inference.Network("vgg11", "by ratios", 16, Sparsity(ratios=0.5), {2: {}})
+    monkeypatch.setattr(inference, "NETWORKS", {"ratios": ratios})
+    assert inference.main(["--networks", "ratios", "--compressions", "2"]) == 2
+    assert "--compressions: vgg11 has its ratios by layer" in capsys.readouterr().err
 
 
 FAKE = """

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,20 @@ def test_retained_importance_stands_beside_accuracy(tmp_path: Path) -> None:
     assert row.endswith("| 78.5 ± 0.7 |")
     (dense,) = [line for line in lines if line.startswith("| dense |")]
     assert dense.endswith("| - |")
+
+
+def test_engines_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "BENCHMARKS", tmp_path)
+    assert tables.inference_tables() == []
+    timings = [{"name": name, "median_ms": ms, "error": 1e-7} for name, ms in (("clicktrain", 2.0), ("torch", 9.0))]
+    cost = {"load_ms": 3.2, "peak_mb": 20.4, "file_mb": 6.66}
+    row = {
+        "network": "VGG", "compression": 9.0, "batch": 1, "speedup": {"torch": 4.5}, "goals": {"torch": 5.0},
+        "timings": [*timings, {"name": "peak", "median_ms": 1.0, "error": None}], "costs": {"clicktrain": cost},
+    }  # fmt: skip
+    record = {"provenance": {"cpu": {"model": "a CPU"}, "threads": {"torch": 2}}, "rows": [row]}
+    (tmp_path / "inference.json").write_text(json.dumps(record))
+    (text,) = tables.inference_tables()
+    assert "a CPU, 2 threads" in text
+    assert "| VGG, 9.0x, batch 1 | clicktrain | 2.00 | - | 1e-07 | 3 | 20 | 6.7 |" in text
+    assert "| VGG, 9.0x, batch 1 | torch | 9.00 | 4.50x (goal 5.0x, missed) | 1e-07 | - | - | - |" in text
