@@ -110,6 +110,10 @@ def check_goals(goals: Sequence[Goal], rounds: int, limit: int | None) -> tuple[
     return list(rows.values()), verdicts
 
 
+def _apart(nanoseconds: float | None) -> str:
+    return "" if nanoseconds is None else f", {nanoseconds:.0f} ns from core to core and back"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns 0, or 2 where the CPU backend is not available."""
     parser = argparse.ArgumentParser(prog="python -m bench.cpu", description=__doc__)
@@ -128,8 +132,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ceilings = timing.ceilings()
     print(
         f"{ceilings.gflops:.0f} GFLOP/s ({ceilings.source}), {ceilings.gigabytes_per_second:.0f} GB/s, "
-        f"{ceilings.threads} threads\n\n{'':{SHAPE_WIDTH + 12}}{'blocked':>8}{'NCHW':>8}{'peak':>7}  dense"
+        f"{ceilings.threads} threads{_apart(ceilings.core_round_trip_ns)}\n"
     )
+    print(f"{'':{SHAPE_WIDTH + 12}}{'blocked':>8}{'NCHW':>8}{'peak':>7}  dense")
     goals = [goal for goal in GOALS if options.goals in goal.name]
     rows, verdicts = check_goals(goals, rounds, 1 if options.quick else None)
     print("", *verdicts, sep="\n")

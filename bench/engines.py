@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from clicktrain import deploy
+from clicktrain._torchvision import load_torchvision
 
 Run = Callable[[Tensor], Tensor]
 
@@ -56,5 +58,9 @@ ENGINES: dict[str, Callable[[Path, Tensor], Run]] = {
     "onnxruntime": load_onnxruntime,
     "openvino": load_openvino,
 }
-PACKAGES = ("onnxruntime", "openvino")
-"""Of the extra `peers`; importing them is not counted as loading a model."""
+IMPORTS: dict[str, Callable[[], object]] = {
+    "torch": load_torchvision,  # which some models of the zoo are made of
+    "onnxruntime": partial(importlib.import_module, "onnxruntime"),
+    "openvino": partial(importlib.import_module, "openvino"),
+}
+"""What is imported before an engine loads a model, and not counted as that."""

@@ -7,7 +7,6 @@ imported the engine.
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
@@ -42,8 +41,8 @@ class Footprint:
 
 def measure(engine: str, path: Path, batch: int, size: int) -> Footprint:
     """Measure in this process; only the first call in a process means something."""
-    if engine in engines.PACKAGES:
-        importlib.import_module(engine)
+    if engine in engines.IMPORTS:
+        engines.IMPORTS[engine]()
     x = torch.randn(batch, 3, size, size)
     CLEAR.write_text("5")  # the peak starts from here
     before = _megabytes("VmRSS")

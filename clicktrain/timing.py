@@ -298,12 +298,17 @@ class Ceilings:
     source : str
         What `gflops` was measured with: "registers" (multiply-adds of the CPU extension) or, without the extension,
         "matrix product" of torch, which is somewhat lower.
+    core_round_trip_ns : float or None
+        Time for a value to go from one core to another and back; None without the extension or a second thread. On a
+        virtual machine it may change by the minute: 50 where cores share a cache, 350 where they do not, and small
+        operations on several threads then take twice as long.
     """
 
     gflops: float
     gigabytes_per_second: float
     threads: int
     source: str
+    core_round_trip_ns: float | None
 
 
 @dataclass(frozen=True)
@@ -358,7 +363,19 @@ def ceilings(rounds: int = 15) -> Ceilings:
         gigabytes_per_second=2 * source.nbytes / measured["copy"].median_ms / 1e6,
         threads=measured.threads.used,
         source=best.source,
+        core_round_trip_ns=_core_round_trip_ns(),
     )
+
+
+def _core_round_trip_ns(rounds: int = 2000) -> float | None:
+    from clicktrain.kernels.cpu import library
+
+    cores = min(torch.get_num_threads(), len(os.sched_getaffinity(0)))
+    if library.available() is not True or cores < 2:
+        return None
+    function = library.load()[f"clicktrain_{library.instruction_set()}_round_trips"]
+    function.argtypes, function.restype = (ctypes.c_int64,), None
+    return min(_duration(function, rounds) for _ in range(5)) / rounds * 1e9
 
 
 def _duration(run: Callable[[int], object], argument: int) -> float:

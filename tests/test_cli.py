@@ -225,13 +225,14 @@ def test_info_lists_versions_devices_and_backends(
 
 
 def test_info_measures_the_ceilings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("clicktrain.timing.ceilings", lambda: Ceilings(123.45, 6.78, 2, "registers"))
+    monkeypatch.setattr("clicktrain.timing.ceilings", lambda: Ceilings(123.45, 6.78, 2, "registers", 55.0))
     assert call("info", "--measure", "--json") == 0
     assert json.loads(capsys.readouterr().out)["ceilings"] == {
         "gflops": 123.45,
         "gigabytes_per_second": 6.78,
         "threads": 2,
         "source": "registers",
+        "core_round_trip_ns": 55.0,
     }
     assert call("info", "--measure") == 0
     lines = capsys.readouterr().out.splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 
@@ -125,6 +126,22 @@ class TestCeilings:
         assert ceilings.gflops > 0
         assert ceilings.gigabytes_per_second > 0
         assert ceilings.threads == torch.get_num_threads()
+        assert ceilings.core_round_trip_ns is None
+
+    @pytest.mark.skipif(library.available() is not True, reason=f"{library.available()}")
+    @pytest.mark.parametrize("threads", [1, 2])
+    def test_a_round_trip_takes_two_cores(self, threads: int) -> None:
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(threads)
+            found = timing.ceilings(rounds=1).core_round_trip_ns
+        finally:
+            torch.set_num_threads(before)
+        if threads < 2 or len(os.sched_getaffinity(0)) < 2:
+            assert found is None
+        else:
+            assert found is not None
+            assert 1 < found < 1e6
 
 
 @pytest.mark.gpu

@@ -202,18 +202,20 @@ _thread = threading.local()
 _slots = threading.BoundedSemaphore(len(os.sched_getaffinity(0)))
 _running: set[subprocess.Popen[str]] = set()
 _ending = threading.Event()
+_starting = threading.Lock()
 
 
 def _run(command: list[str]) -> None:
     """Run a compiler, when a core is free for it."""
     with _slots:
-        if _ending.is_set():
-            raise BackendUnavailable("compiling was given up: the process ends")
-        # A session of its own, so that the compiler can be stopped together with the processes that it starts.
-        process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
-        _running.add(process)
+        with _starting:  # none may start unseen by `_stop_all`
+            if _ending.is_set():
+                raise BackendUnavailable("compiling was given up: the process ends")
+            # A session of its own, so that the compiler can be stopped together with the processes that it starts.
+            process = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+            )
+            _running.add(process)
         try:
             _, messages = process.communicate()
         finally:
@@ -231,7 +233,8 @@ def _stop(process: subprocess.Popen[str]) -> None:
 
 @atexit.register
 def _stop_all() -> None:
-    _ending.set()
+    with _starting:
+        _ending.set()
     for process in list(_running):
         _stop(process)
 

@@ -218,7 +218,9 @@ def test_tuned_choices_survive_a_checkpoint() -> None:
 
 @pytest.mark.parametrize(
     "fields", [{}, {"sweep": "magic", "tile": [1, 2, 4], "band": 1, "channel_block": 8, "group": 1}, None,
-               {"sweep": "taps", "tile": [1, 2, 4], "band": 1, "channel_block": 300, "group": 1}],
+               {"sweep": "taps", "tile": [1, 2, 4], "band": 1, "channel_block": 70000, "group": 1},
+               {"sweep": "pairs", "tile": [1, 2, 3], "band": 1, "channel_block": 8, "group": 1},
+               {"sweep": "channels", "tile": [2, 2, 2], "band": 1, "channel_block": 8, "group": 1}],
 )  # fmt: skip
 def test_choices_of_a_damaged_checkpoint_are_refused(fields: dict[str, object]) -> None:
     with pytest.raises(InvalidArgument, match="choice some-key"):
@@ -264,7 +266,7 @@ def test_a_pool_of_all_patterns_uses_the_generic_kernel() -> None:
         ("avx512", 2, 12, (1, 2, 2)),
         ("avx512", 1, 2, (1, 2, 2)),  # the window is the image
         ("avx512", 1, 7, None),  # an odd row leaves half a pair
-        ("avx512", 2, 2, None),  # one output pixel
+        ("avx512", 2, 2, (1, 1, 1)),  # one output pixel
         ("avx2", 2, 12, None),  # 16 registers
         ("avx2", 1, 12, None),
     ],

@@ -15,7 +15,7 @@ struct Sweep {
   int64_t window_pixel;     // floats from the input pixel of one output pixel to that of the next
   const int32_t* order;     // [filters] the filter in each place; the lists below are by place
   const int64_t* starts;    // [filters + 1] first record
-  const uint8_t* runs;      // [filters to do][patterns] or [channels][patterns]: records of each pattern
+  const uint16_t* runs;      // [filters to do][patterns] or [channels][patterns]: records of each pattern
   const int32_t* offsets;   // [records] floats from the start of the window
   const float* weights;     // [records][weights of a record]
   const float* sums_in;     // sums so far; null = zero
@@ -60,7 +60,7 @@ struct Pass {
   int64_t records;
   const int32_t* order;            // [channel_blocks][groups][filters]
   const int64_t* starts;           // [channel_blocks][groups][phases][filters + 1]
-  const uint8_t* runs;             // [channel_blocks][groups][parts][filters or channels][patterns of a group]
+  const uint16_t* runs;             // [channel_blocks][groups][parts][filters or channels][patterns of a group]
   const int32_t* offsets;          // [records]
   const int32_t* gather;           // [records] where the weights of a record start in the canonical values
   const SweepFunction* sweeps;     // [groups][tiles along blocks][along rows][along columns]

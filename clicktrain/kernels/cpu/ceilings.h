@@ -1,4 +1,4 @@
-// The machine's rate of multiply-adds: what a compute kernel's speed is compared with.
+// The machine's rate of multiply-adds: what a compute kernel's speed is compared with. And how far its cores are apart.
 #pragma once
 
 #include "standard.h"
@@ -25,6 +25,18 @@ inline int multiply_adds(int64_t rounds, float factor, float summand, float* res
     *result = sums[0][0];
   }
   return kChains * kWidth;
+}
+
+// Two threads hand a number to and fro so many times.
+inline void round_trips(int64_t rounds) {
+  alignas(64) std::atomic<int64_t> turn{0};
+#pragma omp parallel num_threads(2)
+  if (omp_get_num_threads() == 2)
+    for (int64_t mine = omp_get_thread_num(); mine < 2 * rounds; mine += 2) {
+      while (turn.load(std::memory_order_acquire) != mine) {
+      }
+      turn.store(mine + 1, std::memory_order_release);
+    }
 }
 
 }  // namespace CLICKTRAIN_ISA

@@ -24,8 +24,10 @@ from clicktrain.kernels.cpu.reorder import reorder
 
 ITEMS_PER_THREAD, FILTERS_PER_PART = 4, 16
 CHAINS = 8  # multiply-adds under way at once: two units, four cycles each
-SUMS_FLOATS, MIN_PART, MAX_RUN = 4096, 16, 255
-"""Of sweeps by channel: sums of a part of the filters, half of a first-level cache; fewest filters, and most."""
+SUMS_FLOATS, MIN_PART = 4096, 16
+"""Of sweeps by channel: sums of a part of the filters, half of a first-level cache; and the fewest filters."""
+MOST_CHANNELS = 65535
+"""In a window, since runs are counted in 16 bits."""
 STREAMED_BYTES = 2 << 20
 """Outputs from this size on bypass the caches: they would push out the windows, and each of their lines would be
 read from memory before it is written."""
@@ -50,7 +52,7 @@ class Choice:
     band : int
         Tiles along the columns that share a window; one in sweeps by channel.
     channel_block : int
-        Input channels in a window; at most 255, unless in sweeps by channel.
+        Input channels in a window, at most `MOST_CHANNELS`.
     group : int
         Patterns that a "filters" sweep does at once.
     """
@@ -207,7 +209,7 @@ def _prepare_filters(layer: Layer, blocks: int, choice: Choice, short_chains: bo
     return Prepared(structure, {
         "order": found.order.astype(np.int32),
         "starts": starts.astype(np.int64),
-        "runs": found.runs.astype(np.uint8),
+        "runs": found.runs.astype(np.uint16),
         "offsets": (channel * (choice.tile[0] * window.pixels * LANES)).astype(np.int32),
         "gather": (found.kernels.numbers * layer.entries).astype(np.int32),
         "sweeps": _specialised_sweeps(layer, blocks, choice, window, _chains(layer, choice) if short_chains else 1),
@@ -218,7 +220,7 @@ def _prepare_channels(layer: Layer, blocks: int, choice: Choice) -> Prepared:
     """Lay out a pass whose records are kernels, by part of the filters and by channel in runs of one pattern."""
     window, structure = Window.of(layer, choice), _structure(layer, blocks, choice)
     sums, patterns = math.prod(choice.tile) * LANES, len(layer.patterns)
-    structure.part = min(structure.part, max(MIN_PART, SUMS_FLOATS // sums), MAX_RUN)
+    structure.part = _part(layer, blocks, choice)
     parts = -(-layer.filters // structure.part)
     kernels = layer.kernels
     block, part = kernels.channels // choice.channel_block, kernels.filters // structure.part
@@ -236,11 +238,24 @@ def _prepare_channels(layer: Layer, blocks: int, choice: Choice) -> Prepared:
     return Prepared(structure, {
         "order": np.zeros(structure.channel_blocks * layer.filters, np.int32),  # filters stay where they are
         "starts": starts,
-        "runs": runs.astype(np.uint8),
+        "runs": runs.astype(np.uint16),
         "offsets": (kernels.filters * sums).astype(np.int32),
         "gather": (kernels.numbers * layer.entries).astype(np.int32),
         "sweeps": _specialised_sweeps(layer, blocks, choice, window, 1, layer.in_size if layer.in_place else None),
     })  # fmt: skip
+
+
+def _part(layer: Layer, blocks: int, choice: Choice) -> int:
+    """Return the filters of a part: as many as the cache holds sums of, or one part a thread where tiles are few.
+
+    Each part reads the window again, and the longer the runs of a part the fewer loops end unforeseen.
+    """
+    most = max(MIN_PART, SUMS_FLOATS // (math.prod(choice.tile) * LANES))
+    threads, tiles = torch.get_num_threads(), _tile_count(layer, blocks, choice)
+    parts = -(-layer.filters // most)
+    if tiles < ITEMS_PER_THREAD * threads:
+        parts = -(-parts // threads) * threads
+    return max(1, -(-layer.filters // parts))
 
 
 def _structure(layer: Layer, blocks: int, choice: Choice) -> Pass:

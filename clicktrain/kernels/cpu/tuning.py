@@ -21,11 +21,11 @@ import torch
 
 from clicktrain.errors import BackendUnavailable, InvalidArgument
 from clicktrain.files import write_atomic
-from clicktrain.kernels import build
+from clicktrain.kernels import build, sources
 from clicktrain.kernels.cpu import codegen
 from clicktrain.kernels.cpu.layer import Layer
 from clicktrain.kernels.cpu.library import function, instruction_set
-from clicktrain.kernels.cpu.passes import Choice, cuts, prepare, streams, taps_tile
+from clicktrain.kernels.cpu.passes import MOST_CHANNELS, Choice, cuts, prepare, streams, taps_tile
 
 CHANNEL_BLOCK = {"avx512": 128, "avx2": 64, "portable": 64}
 DENSE_CHANNEL_BLOCK, DENSE = 32, 0.6
@@ -34,11 +34,18 @@ longer lists pay more."""
 BAND_PIXELS = 16
 LEARNT_RUNS = 1024
 ROUNDS = 5
+VERSION = 2
+"""Of the candidates: choices on disk are of one version of these and of the C++ sources."""
 _FMA_LATENCY = 4
 _SUMS = {"avx512": 24, "avx2": 10, "portable": 8}
 _REGISTERS = 32  # of AVX-512, the only set that holds a window
-_SUMS_UNDER_WAY, _LEAST_PIXELS = 3, 4
-_FEW_PIXELS, _MORE_PIXELS, _LONG_RUN, PART_FILTERS = 15, 64, 2, 64
+_SUMS_UNDER_WAY = 3
+_PART = 64
+"""Filters that a sweep by channel does at once on a tile of eight pixels."""
+_LONG_RUN = 2.0
+"""Kernels of a part with the same channel and pattern from which on the loop over them costs little."""
+_PAIRS_FROM, _PAIRS_FROM_WITH_SHORT_RUNS = 16, 65
+"""Output pixels from which on pairs were faster than going filter by filter, on images of 2 x 2 to 56 x 56."""
 
 Tile = tuple[int, int, int]
 
@@ -122,7 +129,7 @@ def candidates(layer: Layer, blocks: int) -> list[Choice]:
         found += _by_channel(layer)
         tile = taps_tile(layer)
         found.append(Choice("taps", tile, _band(layer, tile), channel_block, group=1))
-    if first.sweep in ("filters", "taps"):
+    if first.sweep in ("filters", "taps") or not layer.in_place:  # in place, no window is copied block by block
         found += [replace(first, channel_block=c) for c in (32, 128) if c < layer.channels]
     return list(dict.fromkeys(found))
 
@@ -159,16 +166,17 @@ def _parsed(key: str, fields: Mapping[str, Any]) -> Choice:
     if (
         choice.sweep not in ("filters", "channels", "pairs", "taps")
         or min(b, r, c, choice.band, choice.group, choice.channel_block) < 1
+        or choice.channel_block > MOST_CHANNELS
         or (by_channel and b * choice.band > 1)
         or (choice.sweep == "pairs" and c % 2)
-        or (not by_channel and choice.channel_block >= 256)
     ):
         raise InvalidArgument(f"choice {key}={fields!r}: a value is out of range")
     return choice
 
 
 def _file(key: str) -> str:
-    machine = hashlib.sha256(f"{platform.processor()} {platform.machine()} {torch.get_num_threads()}".encode())
+    facts = f"{platform.processor()} {platform.machine()} {torch.get_num_threads()} {sources.digest()} {VERSION}"
+    machine = hashlib.sha256(facts.encode())
     return f"choice-{key}-{machine.hexdigest()[:16]}.json"
 
 
@@ -226,8 +234,7 @@ def _by_channel(layer: Layer) -> list[Choice]:
     """Return the likeliest ways to go through the kernels channel by channel, the best first."""
     if instruction_set() != "avx512" or layer.spread != (1, 1):
         return []
-    channels = max(1, layer.channels) if layer.in_place else _channel_block(layer)
-    patterns = len(layer.patterns)
+    channels, patterns = max(1, layer.channels), len(layer.patterns)
     return [
         *(Choice("pairs", tile, 1, channels, patterns) for tile in _pair_tiles(layer)),
         *(Choice("channels", tile, 1, channels, patterns) for tile in _window_tiles(layer)[:1]),
@@ -235,16 +242,12 @@ def _by_channel(layer: Layer) -> list[Choice]:
 
 
 def _window_tiles(layer: Layer) -> list[Tile]:
-    """Return the tiles whose window fits into the registers beside weights and sums, the largest first.
-
-    With few pixels a kernel loads and stores sums more than it computes: such tiles are left out.
-    """
+    """Return the tiles whose window fits into the registers beside weights and sums, the largest first."""
     (s, t), k = layer.stride, layer.kernel_size
     tiles = [
         (1, r, c)
         for r, c in product((1, 2, 3, 4), repeat=2)
         if ((r - 1) * s + k) * ((c - 1) * t + k) + layer.entries + _SUMS_UNDER_WAY <= _REGISTERS
-        and r * c >= _LEAST_PIXELS
         and r <= layer.out_size[0]
         and c <= layer.out_size[1]
     ]
@@ -267,12 +270,9 @@ def _suits_pairs(layer: Layer) -> bool:
     """Tell whether pairs of pixels waste nothing: no pair sticks out, few taps read padding, and runs are long."""
     height, width = layer.out_size
     tiles = _pair_tiles(layer)
-    run = min(layer.filters, PART_FILTERS) * _density(layer) / len(layer.patterns)
-    return (
-        bool(tiles)
-        and 2 * _pairs(width, tiles[0][2]) == width
-        and height * width > (_FEW_PIXELS if run >= _LONG_RUN else _MORE_PIXELS)
-    )
+    run = min(layer.filters, _PART) * _density(layer) / len(layer.patterns)
+    pixels = _PAIRS_FROM if run >= _LONG_RUN else _PAIRS_FROM_WITH_SHORT_RUNS
+    return bool(tiles) and 2 * _pairs(width, tiles[0][2]) == width and height * width >= pixels
 
 
 def _by_cost(layer: Layer, blocks: int) -> list[Tile]:
