@@ -186,13 +186,19 @@ class Method:
         return {}
 
     def prepare_kernels(self, assignments: Mapping[str, Assignment], backend: str = "auto") -> Preparation:
-        """Start to compile, in the background, what the model will need once it is pruned so.
+        """Compile what the model will need once it is pruned so: in the background for a GPU, at once for the CPU.
+
+        Training on the CPU has all cores, and each step waits for the slowest of its threads. A compiler that takes
+        one core for a second therefore costs a second, and all compilers together, on all cores, cost less than that.
 
         Call it as soon as the assignments are known, and `wait` for what it returns where the model is converted.
         """
         training = [(images, *self._image_shape) for images in self.batch_sizes]
         evaluation = [(images, *self._image_shape) for images in self.eval_batch_sizes]
-        return prepare(self.model, training, evaluation, assignments=assignments, backend=backend, background=True)
+        background = next(self.model.parameters()).device.type != "cpu"
+        return prepare(
+            self.model, training, evaluation, assignments=assignments, backend=backend, background=background
+        )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict()`, called after `setup` on a fresh model and optimizer.

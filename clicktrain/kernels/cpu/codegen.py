@@ -2,7 +2,7 @@
 
 A record of a specialised sweep is a kernel and has the weights of its pattern. Kernels are sorted by pattern and
 `runs` counts them, so that a pattern is straight-line code: every weight is broadcast once, and addresses are
-constants relative to the channel or the filter. Taps that would read padding are left out. There are two kinds:
+constants relative to the channel or the filter. Taps that would read padding are left out. There are three kinds:
 
 - "filters" goes through the kernels of one filter after the other and keeps the sums of a tile in registers. Every
   input pixel is loaded once for all taps that use it: four weights on a tile of 2 x 4 pixels are 32 multiply-adds
@@ -42,12 +42,12 @@ TARGETS = {
 }
 """Instruction set -> bits of a register, and what the compiler calls the set."""
 SUMS_AT_ONCE = 8
-"""Sums that a "channels" sweep loads before it stores them."""
+"""Sums that a sweep by channel loads before it stores them."""
 MAX_PATTERNS = 16
 """Larger pools have no code of their own."""
 PIXELS_PER_LINE = 2
 """Of a cache."""
-FLAGS = ("-std=c++17", "-O2", "-fPIC", "-Wno-psabi")
+FLAGS = ("-std=c++17", "-O2", "-fno-tree-vectorize", "-fPIC", "-Wno-psabi")
 
 Pair = tuple[int, int]
 
