@@ -44,8 +44,9 @@ _PART = 64
 """Filters that a sweep by channel does at once on a tile of eight pixels."""
 _LONG_RUN = 2.0
 """Kernels of a part with the same channel and pattern from which on the loop over them costs little."""
-_PAIRS_FROM, _PAIRS_FROM_WITH_SHORT_RUNS = 16, 65
-"""Output pixels from which on pairs were faster than going filter by filter, on images of 2 x 2 to 56 x 56."""
+_PAIRS_FROM, _PAIRS_FROM_WITH_SHORT_RUNS = (16, 17), 65
+"""Output pixels from which on pairs were faster than going filter by filter, on images of 2 x 2 to 56 x 56: in sparse
+and in dense layers."""
 
 Tile = tuple[int, int, int]
 
@@ -271,7 +272,7 @@ def _suits_pairs(layer: Layer) -> bool:
     height, width = layer.out_size
     tiles = _pair_tiles(layer)
     run = min(layer.filters, _PART) * _density(layer) / len(layer.patterns)
-    pixels = _PAIRS_FROM if run >= _LONG_RUN else _PAIRS_FROM_WITH_SHORT_RUNS
+    pixels = _PAIRS_FROM[_density(layer) > DENSE] if run >= _LONG_RUN else _PAIRS_FROM_WITH_SHORT_RUNS
     return bool(tiles) and 2 * _pairs(width, tiles[0][2]) == width and height * width >= pixels
 
 
