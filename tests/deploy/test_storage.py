@@ -52,7 +52,7 @@ def test_how_convolutions_are_cut_up_comes_back(small: CompiledModel, tmp_path: 
     small.save(tmp_path / "model")
     choices = small.engine.program.choices
     assert len(choices) == 2
-    changed = {key: replace(choice, band=choice.band + 1) for key, choice in choices.items()}
+    changed = {key: replace(choice, group=choice.group + 1) for key, choice in choices.items()}
 
     def change(header: dict[str, Any], tensors: dict[str, Any]) -> None:
         header["choices"] = {key: asdict(choice) for key, choice in changed.items()}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clicktrain.errors import InvalidArgument
 from clicktrain.kernels import Plan, plan
-from clicktrain.kernels.cpu import backend, library, passes, runtime, tuning
+from clicktrain.kernels.cpu import backend, gradients, library, passes, runtime, tuning
 from clicktrain.kernels.cpu.layer import Layer
 from clicktrain.patterns import PRUNED, all_patterns, full_pool, official_pool
 from tests.kernels.cases import Case, expected, relative_error
@@ -43,12 +43,15 @@ def run(case: Case) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_results_are_bitwise_the_same_for_any_number_of_threads(case: Case) -> None:
+def test_results_are_bitwise_the_same_for_any_number_of_threads(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradients, "CHUNK_VECTORS", 2000)  # several chunks
     before = torch.get_num_threads()
     results = []
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
+        runtime.forget()
         results.append(run(case))
+    runtime.forget()
     torch.set_num_threads(before)
     for result in results[1:]:
         for name, tensor in result.items():
@@ -112,7 +115,7 @@ def test_channel_by_channel_gives_the_bits_of_one_channel_to_a_block(
     for tile, channel_block in (((1, 2, 2), 64), ((1, 2, 4), 16), ((1, 4, 2), 255), ((1, 4, 6), 1)):
         for sweep in ("channels", "pairs"):
             choice = passes.Choice(sweep, tile, 1, channel_block, 4)
-            if sweep == "pairs" and (stride > 1 or tile[2] % 2 or library.instruction_set() != "avx512"):
+            if sweep == "pairs" and (max(layer.spread) > 1 or tile[2] % 2 or library.instruction_set() != "avx512"):
                 continue
             for in_place in (True, False):
                 assert torch.equal(convolve(replace(layer, in_place=in_place), 3, choice, source, values), want), choice
@@ -275,18 +278,32 @@ def test_layers_go_channel_by_channel_where_the_window_fits(
     monkeypatch: pytest.MonkeyPatch, instruction_set: str, stride: int, size: int, tile: tuple[int, int, int] | None
 ) -> None:
     monkeypatch.setattr(tuning, "instruction_set", lambda: instruction_set)
+    monkeypatch.setattr(tuning, "wide_registers", lambda: False)
     made = Case(SQUARES, 16, 16, 16, (size, size), (stride,) * 2, (1, 1), 0.3, seed=0).plan()
     choice = tuning.estimate(Layer.forward(made), 2)
     assert (choice.sweep, choice.tile if tile else None) == ("channels" if tile else "filters", tile)
 
 
 @pytest.mark.parametrize(
-    ("pool", "filters", "size", "sweep"),
-    [(4, 64, 12, "pairs"), (4, 64, 4, "pairs"), (12, 64, 12, "pairs"), (12, 64, 8, "filters"), (4, 8, 8, "filters")],
+    ("wide", "pool", "filters", "size", "stride", "sweep"),
+    [
+        (False, 4, 64, 12, 1, "pairs"),
+        (False, 4, 64, 4, 1, "pairs"),
+        (False, 12, 128, 12, 1, "pairs"),
+        (False, 12, 64, 8, 1, "filters"),
+        (False, 4, 8, 8, 1, "filters"),
+        (False, 4, 64, 12, 2, "channels"),
+        (True, 12, 64, 7, 1, "pairs"),
+        (True, 4, 8, 2, 1, "pairs"),
+        (True, 4, 64, 12, 2, "pairs"),
+        (True, 4, 64, 1, 1, "channels"),
+    ],
 )
-def test_pairs_of_pixels_where_runs_are_long_or_images_large(
-    monkeypatch: pytest.MonkeyPatch, pool: int, filters: int, size: int, sweep: str
+def test_pairs_of_pixels_where_registers_are_wide_or_nothing_is_wasted(
+    monkeypatch: pytest.MonkeyPatch, wide: bool, pool: int, filters: int, size: int, stride: int, sweep: str
 ) -> None:
     monkeypatch.setattr(tuning, "instruction_set", lambda: "avx512")
-    made = Case(official_pool(pool), filters, 16, 16, (size, size), (1, 1), (1, 1), 0.3, seed=0).plan()
+    monkeypatch.setattr(tuning, "wide_registers", lambda: wide)
+    monkeypatch.setattr(passes, "first_level_cache", lambda: 32768)
+    made = Case(official_pool(pool), filters, 16, 16, (size, size), (stride,) * 2, (1, 1), 0.3, seed=0).plan()
     assert tuning.estimate(Layer.forward(made), 2).sweep == sweep

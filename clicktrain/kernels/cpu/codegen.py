@@ -11,10 +11,10 @@ constants relative to the channel or the filter. Taps that would read padding ar
   all 24 pixels of it for 2 x 4, which takes the 32 registers of AVX-512. The sums of all filters stay in the
   first-level cache: 8 loads and 8 stores for 32 multiply-adds, from one small place instead of a window of all
   channels that only the second-level cache holds. The window is read once, so that there is no need to copy it:
-  the sweep reads the input itself, and fetches ahead what the tile below will read.
+  the sweep reads the input itself, and fetches ahead what the tile below will read, or the next block.
   A record's offset is its filter's place in the sums.
-- "pairs" is the same on registers of two neighbouring pixels (512 bits), for a stride of one: half the instructions.
-  Its window holds a pair for every column, as taps need them; padding beside a pixel is zero.
+- "pairs" is the same on registers of two neighbouring output pixels (512 bits): half the instructions. Its window
+  holds a pair for every column, as taps need them, with a stride from two places; padding beside a pixel is zero.
 
 The taps of an output pixel are added in the order of the pattern, as in the generic sweep: "filters" gives the same
 bits as that, and "channels" the same as both with one channel to a block.
@@ -53,6 +53,24 @@ Pair = tuple[int, int]
 
 
 @dataclass(frozen=True)
+class Register:
+    """What lanes.h offers for one or two neighbouring pixels of all lanes."""
+
+    name: str
+    load: str
+    load_first: str
+    broadcast: str
+    folded: str
+
+
+REGISTERS = {
+    1: Register("Vec", "load", "load", "broadcast", "{}"),
+    2: Register("Pair", "load_pair", "load_first", "broadcast_pair", "fold({})"),
+}
+"""By pixels."""
+
+
+@dataclass(frozen=True)
 class TileShape:
     """The output pixels of a tile, and which rows and columns of its window exist (are not padding)."""
 
@@ -86,6 +104,11 @@ class SweepSpec:
     window_pitch: int
     tile: tuple[int, int, int]
     chains: int = 1
+
+    @property
+    def pixels(self) -> int:
+        """In a register."""
+        return 2 if self.sweep == "pairs" else 1
 
     def groups(self) -> list[tuple[tuple[int, ...], ...]]:
         """Return the patterns of each sweep."""
@@ -192,8 +215,8 @@ def _run(number: int, pattern: tuple[int, ...], spec: SweepSpec, shape: TileShap
 
 
 def _channels(name: str, patterns: tuple[tuple[int, ...], ...], spec: SweepSpec, shape: TileShape) -> list[str]:
-    entries, tile_columns, register = len(patterns[0]), spec.tile[2], _REGISTERS[spec.sweep]
-    sums = list(product(range(shape.rows), range(0, shape.columns, register.pixels)))
+    entries, tile_columns, register = len(patterns[0]), spec.tile[2], REGISTERS[spec.pixels]
+    sums = list(product(range(shape.rows), range(0, shape.columns, spec.pixels)))
     places = {place: (place[0] * tile_columns + place[1]) * LANES for place in sums}
     taps = [{place: _taps(pattern, place, spec, shape) for place in sums} for pattern in patterns]
     read = sorted({pixel for pattern in taps for used in pattern.values() for _, pixel in used})
@@ -205,6 +228,7 @@ def _channels(name: str, patterns: tuple[tuple[int, ...], ...], spec: SweepSpec,
         "  const int32_t* offset = s->offsets + first;",
         f"  const float* weight = s->weights + first * {entries};",
         "  const uint16_t* run = s->runs;",
+        f"  const int64_t next_block = int64_t(s->channels) * {_channel_floats(spec)};",
         "  if (!s->sums_in)",
         "    for (int f = s->begin; f < s->end; ++f) {",
         f"      float* sums = s->sums_out + int64_t(f) * {prod(spec.tile) * LANES};",
@@ -212,7 +236,7 @@ def _channels(name: str, patterns: tuple[tuple[int, ...], ...], spec: SweepSpec,
         *(f"      store(sums + {place}, start);" for place in places.values()),
         "    }",
         f"  for (int c = 0; c < s->channels; ++c, channel += {_channel_floats(spec)}, run += {len(patterns)}) {{",
-        *(f"    __builtin_prefetch(channel + {offset}, 0, 2);" for offset in _below(spec, shape)),
+        *(f"    __builtin_prefetch(channel + {place}, 0, 2);" for place in _ahead(spec, shape)),
         *(f"    {register.name} {x} = {_load(pixel, spec, shape)}; pin({x});" for pixel, x in window.items()),
     ]
     for number, used in enumerate(taps):
@@ -237,51 +261,48 @@ def _channels(name: str, patterns: tuple[tuple[int, ...], ...], spec: SweepSpec,
     return [*lines, "  }", "}"]
 
 
-@dataclass(frozen=True)
-class _Register:
-    """What lanes.h offers for one or two neighbouring pixels of all lanes."""
-
-    name: str
-    pixels: int
-    load: str
-    broadcast: str
-
-
-_REGISTERS = {
-    "channels": _Register("Vec", 1, "load", "broadcast"),
-    "pairs": _Register("Pair", 2, "load_pair", "broadcast_pair"),
-}
-
-
 def _taps(pattern: tuple[int, ...], place: Pair, spec: SweepSpec, shape: TileShape) -> list[tuple[int, Pair]]:
     """Return the entries that the output pixels from `place` on use, each with the first window pixel it needs."""
     row, column = place
     taps = []
     for entry, tap in enumerate(pattern):
-        for i in range(_REGISTERS[spec.sweep].pixels):
+        for i in range(min(spec.pixels, shape.columns - column)):
             pixel = spec.reads(tap, row, column + i, shape)
             if pixel is not None:
-                taps.append((entry, (pixel[0], pixel[1] - i)))
+                taps.append((entry, (pixel[0], pixel[1] - i * spec.stride[1])))
                 break
     return taps
 
 
 def _load(pixel: Pair, spec: SweepSpec, shape: TileShape) -> str:
     """Return the expression that loads what exists of one or two window pixels; padding beside a pixel is zero."""
-    register, (low, high) = _REGISTERS[spec.sweep], shape.window_columns
-    load = register.load
-    if pixel[1] < low:
-        load = "load_second"
-    elif pixel[1] + register.pixels > high:
-        load = "load_first"
-    return f"{load}(channel + {_window_offset((0, *pixel), spec)})"
+    (low, high), step = shape.window_columns, spec.stride[1]
+    row, column = pixel
+
+    def place(column: int) -> str:
+        return f"channel + {_window_offset((0, row, column), spec)}"
+
+    if spec.pixels == 2 and column < low:
+        return f"load_second({place(column + step - 1)})"
+    if spec.pixels == 2 and column + step >= high:
+        return f"load_first({place(column)})"
+    if spec.pixels == 2 and step > 1:
+        return f"load_two({place(column)}, {place(column + step)})"
+    return f"{REGISTERS[spec.pixels].load}({place(column)})"
 
 
-def _below(spec: SweepSpec, shape: TileShape) -> list[int]:
-    """Return where the tile below will read what this one does not; it is brought to the second-level cache."""
-    first, rows = shape.window_rows[1], spec.tile[1] * spec.stride[0]
+def _ahead(spec: SweepSpec, shape: TileShape) -> list[str]:
+    """Return what is to be brought to the second-level cache: what a later tile will read and this one does not.
+
+    That is the tile below or, from the last tiles of an image, the first ones of the next block.
+    """
+    rows, end = spec.tile[1] * spec.stride[0], shape.window_rows[1]
+    last = end < (shape.rows - 1) * spec.stride[0] + spec.kernel_size + spec.origin[0]
+    # The input ends where the window does, so that the window starts so many rows below its top:
+    first, above, next_block = (end - spec.window_rows, 1, "next_block + ") if last else (end, 0, "")
     columns = range(shape.window_columns[0], shape.window_columns[1] + 1, PIXELS_PER_LINE)
-    return [_window_offset((0, row, column), spec) for row, column in product(range(first, first + rows), columns)]
+    places = product(range(first, first + rows + above), columns)
+    return [f"{next_block}{_window_offset((0, row, column), spec)}" for row, column in places]
 
 
 def _channel_floats(spec: SweepSpec) -> int:

@@ -10,14 +10,18 @@ import torch
 
 from clicktrain.errors import BackendUnavailable
 from clicktrain.kernels.cpu import accumulators, codegen
-from clicktrain.kernels.cpu.accumulators import AccumulatorSpec, merged, taps_by_pixel
+from clicktrain.kernels.cpu.accumulators import AccumulatorSpec, by_register, merged, taps_by_pixel
 from clicktrain.kernels.cpu.codegen import LANES
 from clicktrain.kernels.cpu.layer import Integers, Layer
 from clicktrain.kernels.cpu.library import Gradient, instruction_set
 from clicktrain.kernels.cpu.passes import Prepared, addresses, warn_once
 
-TASKS = 64
-CHUNK_VECTORS = 1 << 16  # of dy, 2 MB: with smaller chunks the sums are loaded and stored too often
+TASK_SUMS, TASKS_PER_THREAD = 1 << 13, 4
+"""Sums of a task, 256 KB, and the most tasks of a thread. Every task reads all of dy once, so that there should be few,
+but the second-level cache should hold the sums of a task besides a chunk of dy."""
+CHUNK_VECTORS = 1 << 15
+"""Of dy, 1 MB: with smaller chunks the sums are loaded and stored too often. Whatever the threads, for the halves of
+a sum of pairs are added at the end of each chunk."""
 STRAIGHT_PIXELS = 16
 """Of an output: up to so many, the code for it has no loops over pixels."""
 RUN = 6
@@ -39,12 +43,12 @@ def prepare_gradient(layer: Layer, blocks: int) -> Prepared:
     made = Prepared(Gradient(
         blocks=blocks, channels=layer.channels, in_h=in_h, in_w=in_w, filters=layer.filters, out_h=out_h, out_w=out_w,
         stride_h=layer.stride[0], stride_w=layer.stride[1], pad_h=layer.padding[0], pad_w=layer.padding[1],
-        kernel_size=layer.kernel_size, entries=layer.entries, tasks=TASKS,
-        chunk_blocks=max(1, min(blocks, CHUNK_VECTORS // (part * out_w * out_h))),
-        chunk_rows=max(1, min(out_h, CHUNK_VECTORS // (part * out_w))),
+        kernel_size=layer.kernel_size, entries=layer.entries, tasks=_tasks(layer),
+        chunk_blocks=max(1, min(blocks, CHUNK_VECTORS // (layer.filters * out_w * out_h))),
+        chunk_rows=max(1, min(out_h, CHUNK_VECTORS // (layer.filters * out_w))),
     ), {})  # fmt: skip
     arrays = {
-        "task_starts": _task_starts(channels[starts], starts, len(kernels.filters)),
+        "task_starts": _task_starts(channels[starts], starts, len(kernels.filters), made.structure.tasks),
         "run_starts": np.append(starts, len(kernels.filters)),
         "run_channels": kernels.channels[starts],
         "run_patterns": kernels.patterns[starts],
@@ -66,10 +70,16 @@ def _part(layer: Layer) -> int:
     return max(1, -(-layer.filters // parts))
 
 
-def _task_starts(channels: Integers, run_starts: Integers, kernels: int) -> Integers:
+def _tasks(layer: Layer) -> int:
+    threads = torch.get_num_threads()
+    sums = len(layer.kernels.filters) * layer.entries // threads
+    return threads * max(1, min(TASKS_PER_THREAD, sums // TASK_SUMS))
+
+
+def _task_starts(channels: Integers, run_starts: Integers, kernels: int, tasks: int) -> Integers:
     """Cut the runs into tasks of about equally many kernels, between channels."""
     new_channel = np.flatnonzero(np.diff(channels, prepend=-1))
-    wanted = np.arange(TASKS) * kernels / TASKS
+    wanted = np.arange(tasks) * kernels / tasks
     cut = np.append(new_channel, len(channels))[np.searchsorted(run_starts[new_channel], wanted)]
     return np.append(cut, len(channels))
 
@@ -77,11 +87,14 @@ def _task_starts(channels: Integers, run_starts: Integers, kernels: int) -> Inte
 def _add_accumulators(made: Prepared, layer: Layer) -> None:
     """Let a gradient use specialised accumulators, compiled if need be and possible."""
     axes = zip(layer.out_size, layer.in_size, layer.stride, layer.padding, strict=True)
-    pixels = [taps_by_pixel(o, i, layer.kernel_size, s, p) for o, i, s, p in axes]
-    (rows, row_ends), (columns, column_ends) = (merged(axis) for axis in pixels)
-    small = math.prod(layer.out_size) <= STRAIGHT_PIXELS
-    classes, width = ((pixels[0], pixels[1]), layer.in_size[1]) if small else ((rows, columns), None)
-    spec = AccumulatorSpec(instruction_set(), layer.kernel_size, layer.patterns, layer.stride, classes, width)
+    rows, pixels = (taps_by_pixel(o, i, layer.kernel_size, s, p) for o, i, s, p in axes)
+    columns = by_register(pixels, instruction_set())
+    (row_classes, row_ends), (column_classes, column_ends) = merged(rows), merged(columns)
+    facts = (instruction_set(), layer.kernel_size, layer.patterns, layer.stride)
+    if math.prod(layer.out_size) <= STRAIGHT_PIXELS:
+        spec = AccumulatorSpec(*facts, rows, columns, layer.in_size[1])
+    else:
+        spec = AccumulatorSpec(*facts, row_classes, column_classes)
     try:
         found = _addresses(spec)
     except BackendUnavailable as error:
@@ -89,7 +102,7 @@ def _add_accumulators(made: Prepared, layer: Layer) -> None:
         return
     made.add("accumulators", np.array(found, np.uint64))
     made.add("row_ends", np.array(row_ends, np.int32))
-    made.add("column_ends", np.array(column_ends, np.int64) * LANES)
+    made.add("column_ends", np.array(column_ends, np.int64) * len(columns[0]) * LANES)
     made.structure.most_filters = spec.filters
 
 

@@ -52,7 +52,25 @@ CLICKTRAIN_INLINE void pin(Pair& v) { asm("" : "+v"(v)); }
 // Only the first or only the second pixel; the other is zero, and its memory is not touched.
 CLICKTRAIN_INLINE Pair load_first(const float* p) { return __builtin_ia32_loadups512_mask(p, Pair{}, 0x00ff); }
 CLICKTRAIN_INLINE Pair load_second(const float* p) { return __builtin_ia32_loadups512_mask(p, Pair{}, 0xff00); }
+// Two pixels from two places.
+CLICKTRAIN_INLINE Pair load_two(const float* first, const float* second) {
+  return __builtin_ia32_insertf32x8_mask(load_first(first), load(second), 1, Pair{}, 0xffff);
+}
+CLICKTRAIN_INLINE Vec fold(Pair v) {
+  return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+         __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+// sum += a * b, of both pixels or of one: padding beside a pixel is not even multiplied with zero.
+CLICKTRAIN_INLINE void add_all(Pair& sum, Pair a, Pair b) { sum += a * b; }
+CLICKTRAIN_INLINE void add_first(Pair& sum, Pair a, Pair b) {
+  sum = __builtin_ia32_vfmaddps512_mask3(a, b, sum, 0x00ff, 4);
+}
+CLICKTRAIN_INLINE void add_second(Pair& sum, Pair a, Pair b) {
+  sum = __builtin_ia32_vfmaddps512_mask3(a, b, sum, 0xff00, 4);
+}
 #endif
+
+CLICKTRAIN_INLINE void add_all(Vec& sum, Vec a, Vec b) { sum += a * b; }
 
 CLICKTRAIN_INLINE Vec broadcast(float f) { return Vec{f, f, f, f, f, f, f, f}; }
 

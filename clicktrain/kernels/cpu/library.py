@@ -151,6 +151,18 @@ def instruction_set() -> str:
 
 
 @cache
+def first_level_cache() -> int:
+    """Return the bytes of a core's first-level data cache, as far as the machine tells."""
+    return int(load().clicktrain_first_level_cache()) or 32768
+
+
+@cache
+def wide_registers() -> bool:
+    """Tell whether kernels use 512-bit registers and this machine computes all of one at once."""
+    return instruction_set() == "avx512" and bool(load().clicktrain_wide_registers())
+
+
+@cache
 def function(name: str) -> Callable[..., None]:
     """Return a function of the chosen instruction set that takes addresses and, last, the number of threads."""
     found = load()[f"clicktrain_{instruction_set()}_{name}"]

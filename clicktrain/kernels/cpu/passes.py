@@ -19,13 +19,13 @@ from clicktrain.kernels import build
 from clicktrain.kernels.cpu import codegen
 from clicktrain.kernels.cpu.codegen import LANES, SweepSpec, TileShape
 from clicktrain.kernels.cpu.layer import Layer, Pair
-from clicktrain.kernels.cpu.library import Pass, instruction_set, sweep_taps
+from clicktrain.kernels.cpu.library import Pass, first_level_cache, instruction_set, sweep_taps
 from clicktrain.kernels.cpu.reorder import reorder
 
 ITEMS_PER_THREAD, FILTERS_PER_PART = 4, 16
 CHAINS = 8  # multiply-adds under way at once: two units, four cycles each
-SUMS_FLOATS, MIN_PART = 4096, 16
-"""Of sweeps by channel: sums of a part of the filters, half of a first-level cache; and the fewest filters."""
+MIN_PART = 16
+"""The fewest filters of a part in sweeps by channel."""
 MOST_CHANNELS = 65535
 """In a window, since runs are counted in 16 bits."""
 STREAMED_BYTES = 2 << 20
@@ -250,12 +250,21 @@ def _part(layer: Layer, blocks: int, choice: Choice) -> int:
 
     Each part reads the window again, and the longer the runs of a part the fewer loops end unforeseen.
     """
-    most = max(MIN_PART, SUMS_FLOATS // (math.prod(choice.tile) * LANES))
+    most = filters_at_once(choice.tile)
     threads, tiles = torch.get_num_threads(), _tile_count(layer, blocks, choice)
     parts = -(-layer.filters // most)
     if tiles < ITEMS_PER_THREAD * threads:
         parts = -(-parts // threads) * threads
     return max(1, -(-layer.filters // parts))
+
+
+def filters_at_once(tile: tuple[int, int, int]) -> int:
+    """Return the filters whose sums fill the first-level cache.
+
+    Windows are in registers meanwhile. The longer the runs, the fewer loops end unforeseen: with half of the cache,
+    layers of 256 filters at 8x were a sixth slower.
+    """
+    return max(MIN_PART, first_level_cache() // (4 * math.prod(tile) * LANES))
 
 
 def _structure(layer: Layer, blocks: int, choice: Choice) -> Pass:

@@ -24,8 +24,8 @@ from clicktrain.files import write_atomic
 from clicktrain.kernels import build, sources
 from clicktrain.kernels.cpu import codegen
 from clicktrain.kernels.cpu.layer import Layer
-from clicktrain.kernels.cpu.library import function, instruction_set
-from clicktrain.kernels.cpu.passes import MOST_CHANNELS, Choice, cuts, prepare, streams, taps_tile
+from clicktrain.kernels.cpu.library import function, instruction_set, wide_registers
+from clicktrain.kernels.cpu.passes import MOST_CHANNELS, Choice, cuts, filters_at_once, prepare, streams, taps_tile
 
 CHANNEL_BLOCK = {"avx512": 128, "avx2": 64, "portable": 64}
 DENSE_CHANNEL_BLOCK, DENSE = 32, 0.6
@@ -34,19 +34,20 @@ longer lists pay more."""
 BAND_PIXELS = 16
 LEARNT_RUNS = 1024
 ROUNDS = 5
-VERSION = 2
+VERSION = 3
 """Of the candidates: choices on disk are of one version of these and of the C++ sources."""
 _FMA_LATENCY = 4
 _SUMS = {"avx512": 24, "avx2": 10, "portable": 8}
 _REGISTERS = 32  # of AVX-512, the only set that holds a window
 _SUMS_UNDER_WAY = 3
-_PART = 64
-"""Filters that a sweep by channel does at once on a tile of eight pixels."""
 _LONG_RUN = 2.0
 """Kernels of a part with the same channel and pattern from which on the loop over them costs little."""
 _PAIRS_FROM, _PAIRS_FROM_WITH_SHORT_RUNS = (16, 17), 65
-"""Output pixels from which on pairs were faster than going filter by filter, on images of 2 x 2 to 56 x 56: in sparse
-and in dense layers."""
+"""Output pixels from which on pairs were faster than going filter by filter, on images of 2 x 2 to 56 x 56, where 512
+bits are computed in two steps: in sparse and in dense layers."""
+
+_PAIR_TILES = {(1, 1): ((2, 4), (4, 2), (2, 2), (1, 4)), (2, 2): ((4, 2), (1, 4))}
+"""By stride, rows and columns whose window of pairs fits into the registers beside four weights."""
 
 Tile = tuple[int, int, int]
 
@@ -108,10 +109,10 @@ def estimate(layer: Layer, blocks: int) -> Choice:
         tile = taps_tile(layer)
         return Choice("taps", tile, _band(layer, tile), channel_block, group=1)
     by_channel = _by_channel(layer)
-    if by_channel and (max(layer.stride) > 1 or _suits_pairs(layer)):
+    if by_channel and _suits_pairs(layer):
         return by_channel[0]
-    if by_channel and by_channel[-1].tile[1:] == layer.out_size:
-        return by_channel[-1]  # a window that is a whole small image
+    if by_channel and (max(layer.stride) > 1 or by_channel[-1].tile[1:] == layer.out_size):
+        return by_channel[-1]  # "channels": few registers for the window of a stride, or a whole small image
     tile = _by_cost(layer, blocks)[0]
     return Choice("filters", tile, _band(layer, tile), channel_block, _group(layer, channel_block))
 
@@ -257,9 +258,10 @@ def _window_tiles(layer: Layer) -> list[Tile]:
 
 def _pair_tiles(layer: Layer) -> list[Tile]:
     """Return the tiles of 3x3 layers whose window of pairs fits into the registers, the one with less waste first."""
-    if layer.stride != (1, 1) or layer.kernel_size != 3:
+    if layer.kernel_size != 3:
         return []
-    tiles = [(1, r, c) for r, c in ((2, 4), (4, 2)) if r <= layer.out_size[0] and c <= layer.out_size[1]]
+    sizes = _PAIR_TILES.get(layer.stride, ())
+    tiles = [(1, r, c) for r, c in sizes if r <= layer.out_size[0] and c <= layer.out_size[1]]
     return sorted(tiles, key=lambda tile: _pairs(layer.out_size[1], tile[2]))
 
 
@@ -268,12 +270,18 @@ def _pairs(width: int, tile: int) -> int:
 
 
 def _suits_pairs(layer: Layer) -> bool:
-    """Tell whether pairs of pixels waste nothing: no pair sticks out, few taps read padding, and runs are long."""
-    height, width = layer.out_size
+    """Tell whether pairs of pixels are fastest.
+
+    They are where 512 bits are computed at once. Else they must waste nothing: no pair sticks out, few taps read
+    padding, and runs are long.
+    """
     tiles = _pair_tiles(layer)
-    run = min(layer.filters, _PART) * _density(layer) / len(layer.patterns)
+    if wide_registers() or not tiles:
+        return bool(tiles)
+    height, width = layer.out_size
+    run = min(layer.filters, filters_at_once(tiles[0])) * _density(layer) / len(layer.patterns)
     pixels = _PAIRS_FROM[_density(layer) > DENSE] if run >= _LONG_RUN else _PAIRS_FROM_WITH_SHORT_RUNS
-    return bool(tiles) and 2 * _pairs(width, tiles[0][2]) == width and height * width >= pixels
+    return max(layer.stride) == 1 and 2 * _pairs(width, tiles[0][2]) == width and height * width >= pixels
 
 
 def _by_cost(layer: Layer, blocks: int) -> list[Tile]:
