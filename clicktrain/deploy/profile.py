@@ -102,11 +102,12 @@ def profile(model: CompiledModel, rounds: int = 15) -> Profile:
     measured = timing.compare({"peak": timing.Contender(peak.run, None)}, None, rounds=rounds)
     gflops = peak.flops / measured["peak"].median_ms / 1e6
     total = sum(ms.values())
+    pooled = {node.inputs[0] for number, node in nodes.items() if node.op == "pool" and number not in ms}
     layers = []
     for number, time in sorted(ms.items(), key=lambda entry: list(nodes).index(entry[0])):
         node = nodes[number]
         op, shape = (
-            ("dense " if node.is_dense else "") + node.op + ("+relu" if node.relu else ""),
+            ("dense " * node.is_dense) + node.op + ("+relu" * node.relu) + ("+pool" * (number in pooled)),
             "x".join(map(str, node.shape or ())),
         )
         of_peak = 2 * node.macs * model.batch / (time * 1e6) / gflops if node.macs else None

@@ -20,7 +20,7 @@ from clicktrain.deploy.memory import ARENA, INPUT, OUTPUT, Storage, plan_arena
 from clicktrain.kernels import build
 from clicktrain.kernels.cpu.layer import Layer
 from clicktrain.kernels.cpu.library import AdaptivePooling, Linear, Pooling, Step, function
-from clicktrain.kernels.cpu.passes import Choice, Prepared
+from clicktrain.kernels.cpu.passes import Choice, Prepared, can_pool
 from clicktrain.kernels.cpu.tuning import choice_for, fingerprint, tune_pass
 from clicktrain.kernels.plan import plan
 
@@ -147,6 +147,9 @@ class _Builder:
     places: dict[tuple[int, Place], Storage] = field(default_factory=dict)
     externals: dict[int, int] = field(default_factory=dict)
     choices: dict[str, Choice] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._uses = self.graph.uses()
 
     def program(self) -> Program:
         self._prepare_convolutions()
@@ -299,9 +302,27 @@ class _Builder:
             out_h=forms.target.size[0], out_w=forms.target.size[1], size_h=size_h, size_w=size_w,
             stride_h=stride_h, stride_w=stride_w, pad_h=pad_h, pad_w=pad_w, average=node.attributes["average"],
         )  # fmt: skip
+        if self._pooled_by_convolution(number, node, forms):
+            return
         x = self._blocked(node.inputs[0], forms.source)
         self.steps.append(NativeStep(Kind.POOL, number, x, self._new(number, forms.target), geometry=pooling))
         self._clear(number, forms.target)
+
+    def _pooled_by_convolution(self, number: int, node: Node, forms: Windowed) -> bool:
+        """Let the convolution before a 2 x 2 maximum write that only, if it can and nothing else reads its result."""
+        source = node.inputs[0]
+        found = [step for step in self.steps if step.number == source]
+        window = [tuple(node.attributes[key]) for key in ("size", "stride", "padding")]
+        if self._uses[source] > 1 or node.attributes["average"] or window != [(2, 2), (2, 2), (0, 0)]:
+            return False
+        if (source, forms.source) not in self.places or not forms.source.fits(self.graph.nodes[source].size):
+            return False
+        match found:
+            case [NativeStep(Kind.CONVOLVE, residual=None, prepared=Prepared() as made) as step] if can_pool(made):
+                made.structure.max_pool = 1
+                step.y = self._new(number, forms.target)
+                return True
+        return False
 
     def _mean(self, number: int, node: Node) -> None:
         source = node.inputs[0]

@@ -57,6 +57,8 @@ struct Pass {
   int32_t whole_tiles;             // sweeps write whole tiles, also where they stick out of the output
   int32_t keeps_sums;              // sweeps leave the sums where they are; the driver writes the output
   int32_t in_place;                // sweeps read x itself, not a copy of its window
+  int32_t max_pool;                // of 2 x 2 finished outputs only the largest is written: y is half as high and wide;
+                                   // sums are kept, tiles start and end at even pixels, nothing is added to the sums
   int64_t records;
   const int32_t* order;            // [channel_blocks][groups][filters]
   const int64_t* starts;           // [channel_blocks][groups][phases][filters + 1]

@@ -116,7 +116,7 @@ class Convolution {
       Sweep s = sweep_of(cb, 0, p_.in_place ? place(t, cb) : window_, sums_ - begin * tile_floats(p_), begin, end);
       p_.sweeps[t.number](&s);
     }
-    store_tile(t, sums_, begin, end);
+    p_.max_pool ? store_pooled(t, sums_, begin, end) : store_tile(t, sums_, begin, end);
   }
 
   static size_t window_floats(const Pass& p) {
@@ -243,6 +243,21 @@ class Convolution {
           float* to = plane + (int64_t(t.top + r) * p_.out_w + t.left) * kLanes;
           finish_row(from, epilogue_.residual ? epilogue_.residual + (to - y_) : nullptr, t.columns * kLanes, to);
         }
+  }
+
+  // Copy the largest of each 2 x 2 of a tile's sums, as `pool` of program.h finds it.
+  void store_pooled(const TilePlace& t, const float* from, int begin, int end) {
+    const int64_t row = int64_t(p_.tile_w) * kLanes, y_row = int64_t(p_.out_w / 2) * kLanes;
+    for (int f = begin; f < end; ++f, from += p_.tile_h * row) {
+      float* plane = y_ + (int64_t(t.block) * p_.filters + f) * (p_.out_h / 2) * y_row;
+      for (int r = 0; r < t.rows; r += 2)
+        for (int c = 0; c < t.columns; c += 2) {
+          const float* corner = from + r * row + c * kLanes;
+          Vec v = larger(larger(load(corner), load(corner + kLanes)), larger(load(corner + row), load(corner + row + kLanes)));
+          if (epilogue_.relu) v = relu(v);
+          store(plane + (t.top + r) / 2 * y_row + (t.left + c) / 2 * kLanes, v);
+        }
+    }
   }
 
   void finish_row(const float* sums, const float* residual, int floats, float* to) const {

@@ -77,6 +77,9 @@ CLICKTRAIN_INLINE Vec broadcast(float f) { return Vec{f, f, f, f, f, f, f, f}; }
 // NaN stays NaN, as in torch.relu.
 CLICKTRAIN_INLINE Vec relu(Vec v) { return v < 0.0f ? Vec{} : v; }
 
+// NaN if either is, as in torch.max_pool2d.
+CLICKTRAIN_INLINE Vec larger(Vec a, Vec b) { return (b > a) | (b != b) ? b : a; }
+
 // Keep the compiler from loading a vector again for each of its uses.
 CLICKTRAIN_INLINE void pin(Vec& v) {
 #if CLICKTRAIN_VECTOR_BITS >= 512

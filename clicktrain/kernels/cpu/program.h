@@ -86,7 +86,7 @@ void pool(const Pooling& p, const float* x, float* y, int threads) {
           for (int r = 0; r < p.size_h; ++r)
             for (int c = r ? 0 : 1; c < p.size_w; ++c) {
               const Vec w = load(corner + (int64_t(r) * s.width + c) * kLanes);
-              v = average ? v + w : (w > v) | (w != w) ? w : v;
+              v = average ? v + w : larger(v, w);
             }
         } else {
           v = pool_window<average>(p, places, plane, top, left);
