@@ -143,14 +143,18 @@ class Convolution {
     const int below = p_.tile_h * p_.stride_h / p_.spread_h;  // rows to the window of the tile below
     const int64_t row_floats = int64_t(p_.in_w) * kLanes, window_row = int64_t(p_.window_pitch) * kLanes;
     float* to = window_;
+    if (p_.grid_h) find_segments(top, left);
     for (int c = first; c < last; ++c)
       for (int b = 0; b < p_.tile_blocks; ++b) {
         const int block = std::min(corner.block + b, p_.blocks - 1);
         const float* plane = x_ + (int64_t(block) * p_.channels + c) * p_.in_h * row_floats;
+        if (p_.grid_h) {
+          copy_segments(plane, to);
+          to += p_.window_h * window_row;
+          continue;
+        }
         for (int row = top; row < top + p_.window_h; ++row, to += window_row) {
-          if (p_.grid_h)
-            copy_strip_row(plane, row, left, to);
-          else if (row < 0 || row >= p_.in_h)
+          if (row < 0 || row >= p_.in_h)
             copy_row(plane, 0, 0, p_.window_w, to);
           else
             copy_row(plane + row * row_floats, left, p_.in_w, p_.window_w, to);
@@ -164,27 +168,40 @@ class Convolution {
     for (int i = 0; i < p_.window_w; i += 2) __builtin_prefetch(row + i * kLanes, 0, 2);
   }
 
-  // The row of a window on strips: pixels outside of the strip are a neighbour's, or zero where there is none.
-  void copy_strip_row(const float* plane, int row, int from, float* to) {
-    const int down = floor_division(row, p_.in_h);
-    const float* pixels = plane + int64_t(row - down * p_.in_h) * p_.in_w * kLanes;
-    for (int i = 0; i < p_.window_w;) {
-      const int right = floor_division(from + i, p_.in_w), begin = from + i - right * p_.in_w;
-      const int end = std::min(p_.in_w, begin + p_.window_w - i);
-      if (!down && !right) {
-        for (int j = begin; j < end; ++j, ++i) store(to + i * kLanes, load(pixels + j * kLanes));
-      } else {
-        const Shuffle lanes = neighbours(down, right);
-        for (int j = begin; j < end; ++j, ++i)
-          store(to + i * kLanes, __builtin_shuffle(load(pixels + j * kLanes), Vec{}, lanes));
+  // Pixels of a row of a window on strips that come from the same strip.
+  struct Segment {
+    int64_t from, to;  // floats from the start of the plane and of the window
+    int pixels;
+    const int32_t* lanes;  // null: its own; else of `neighbours`
+  };
+
+  // Find the segments of a window; they are the same for all channels.
+  void find_segments(int top, int left) {
+    segments_.clear();
+    for (int r = 0; r < p_.window_h; ++r) {
+      const int down = floor_division(top + r, p_.in_h), row = top + r - down * p_.in_h;
+      for (int i = 0, pixels; i < p_.window_w; i += pixels) {
+        const int right = floor_division(left + i, p_.in_w), column = left + i - right * p_.in_w;
+        pixels = std::min(p_.in_w - column, p_.window_w - i);
+        segments_.push_back({(int64_t(row) * p_.in_w + column) * kLanes, (int64_t(r) * p_.window_pitch + i) * kLanes,
+                             pixels, down || right ? neighbours(down, right) : nullptr});
       }
     }
   }
 
-  Shuffle neighbours(int down, int right) const {
+  void copy_segments(const float* plane, float* window) const {
+    for (const Segment& s : segments_)
+      for (int i = 0; i < s.pixels * kLanes; i += kLanes) {
+        const Vec v = load(plane + s.from + i);
+        store(window + s.to + i, s.lanes ? __builtin_shuffle(v, Vec{}, (Shuffle)load((const float*)s.lanes)) : v);
+      }
+  }
+
+  // For each lane, the one that is so many strips away.
+  const int32_t* neighbours(int down, int right) const {
     const int row = std::max(-p_.grid_h, std::min(p_.grid_h, down)) + p_.grid_h;
     const int column = std::max(-p_.grid_w, std::min(p_.grid_w, right)) + p_.grid_w;
-    return (Shuffle)load((const float*)p_.neighbours + (row * (2 * p_.grid_w + 1) + column) * kLanes);
+    return p_.neighbours + (row * (2 * p_.grid_w + 1) + column) * kLanes;
   }
 
   // The call for one list of records (channel block and group) and one phase, with the sums in scratch.
@@ -273,6 +290,7 @@ class Convolution {
   const Epilogue epilogue_;
   const float *x_, *weights_;
   float *y_, *window_, *sums_;
+  std::vector<Segment> segments_;
 };
 
 // Bring the values into the order in which the sweeps read them.

@@ -46,7 +46,7 @@ _PAIRS_FROM, _PAIRS_FROM_WITH_SHORT_RUNS = (16, 17), 65
 """Output pixels from which on pairs were faster than going filter by filter, on images of 2 x 2 to 56 x 56, where 512
 bits are computed in two steps: in sparse and in dense layers."""
 
-_PAIR_TILES = {(1, 1): ((2, 4), (4, 2), (2, 2), (1, 4)), (2, 2): ((4, 2), (1, 4))}
+_PAIR_TILES = {(1, 1): ((2, 4), (4, 2), (2, 2), (1, 4), (1, 2)), (2, 2): ((4, 2), (1, 4))}
 """By stride, rows and columns whose window of pairs fits into the registers beside four weights."""
 
 Tile = tuple[int, int, int]
