@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from clicktrain.kernels.cpu import backend, codegen, library, memory, tuning
 from clicktrain.kernels.cpu.layer import Layer
 from clicktrain.kernels.cpu.passes import Choice, prepare
-from clicktrain.patterns import PatternPool, all_patterns, official_pool
+from clicktrain.patterns import PatternPool, all_patterns, full_pool, official_pool
 from tests.kernels.cases import Case, cases, expected, relative_error
 
 pytestmark = pytest.mark.skipif(backend.available() is not True, reason=str(backend.available()))
@@ -89,15 +89,29 @@ def test_specialised_kernels(case: Case) -> None:
     check(case)
 
 
-BY_CHANNEL = (("pairs", (1, 2, 4)), ("pairs", (1, 4, 2)), ("channels", (1, 2, 2)), ("channels", (1, 3, 3)))
+@st.composite
+def large_kernels(draw: st.DrawFn) -> Case:
+    """Dense 5x5 and 7x7 convolutions, whose weights are more than registers."""
+    kernel_size, size, stride = draw(
+        st.sampled_from(((5, (9, 12), (1, 1)), (5, (8, 7), (2, 2)), (7, (14, 13), (2, 2)), (7, (6, 8), (1, 1))))
+    )
+    return Case(
+        full_pool(kernel_size), draw(st.integers(1, 20)), draw(st.integers(1, 12)), draw(st.sampled_from((8, 19))),
+        size, stride, (kernel_size // 2,) * 2, draw(st.sampled_from((0.3, 1.0))), draw(st.integers(0, 2**32 - 1)),
+    )  # fmt: skip
 
 
-@pytest.mark.skipif(
-    library.available() is True and library.instruction_set() != "avx512", reason="sweeps by channel need AVX-512"
-)
-@settings(MINE, max_examples=100)
-@given(specialised_cases(), st.integers(1, 90))
-def test_sweeps_by_channel(case: Case, channel_block: int) -> None:
+SWEEPS: tuple[tuple[codegen.Sweep, tuple[int, int, int], int], ...] = (
+    ("channel_pairs", (1, 2, 4), 1), ("channel_pairs", (1, 4, 2), 1), ("channels", (1, 2, 2), 1),
+    ("channels", (1, 3, 3), 1), ("filters", (2, 2, 4), 2), ("filters", (1, 3, 3), 3), ("filter_pairs", (1, 3, 4), 1),
+    ("filter_pairs", (2, 1, 6), 2),
+)  # fmt: skip
+"""With tile and band."""
+
+
+@settings(MINE, max_examples=60)
+@given(st.one_of(specialised_cases(), large_kernels()), st.integers(1, 90), st.integers(1, 4))
+def test_every_sweep(case: Case, channel_block: int, group: int) -> None:
     """All tiles, in place and on copied windows, whatever the heuristic would choose."""
     made, x, values, dy = case.operands()
     want = expected(made, x, values, dy)
@@ -105,10 +119,13 @@ def test_sweeps_by_channel(case: Case, channel_block: int) -> None:
         ("forward", Layer.forward(made), backend.pack(x)), ("grad_input", Layer.transposed(made), backend.pack(dy)),
     ):  # fmt: skip
         blocks = len(source)
-        for (sweep, tile), in_place in product(BY_CHANNEL, (True, False)):
-            if (sweep == "pairs" and max(layer.spread) > 1) or tile[1] % layer.spread[0]:
+        for (sweep, tile, band), in_place in product(SWEEPS, (True, False)):
+            pairs = codegen.pixels_of(sweep) == 2
+            if pairs and (max(layer.spread) > 1 or library.instruction_set() != "avx512"):
                 continue
-            choice = Choice(sweep, tile, 1, channel_block, len(layer.patterns))
+            if tile[1] % layer.spread[0] or tile[2] % layer.spread[1]:
+                continue
+            choice = Choice(sweep, tile, band, channel_block, group)
             prepared = prepare(replace(layer, in_place=in_place), blocks, choice)
             y = memory.empty(blocks, layer.filters, *layer.out_size, 8)
             library.function("convolve")(prepared.address, source.data_ptr(), values.data_ptr(), y.data_ptr(), 2)

@@ -2,22 +2,26 @@
 
 A record of a specialised sweep is a kernel and has the weights of its pattern. Kernels are sorted by pattern and
 `runs` counts them, so that a pattern is straight-line code: every weight is broadcast once, and addresses are
-constants relative to the channel or the filter. Taps that would read padding are left out. There are three kinds:
+constants relative to the channel or the filter. Taps that would read padding are left out. There are two kinds:
 
 - "filters" goes through the kernels of one filter after the other and keeps the sums of a tile in registers. Every
   input pixel is loaded once for all taps that use it: four weights on a tile of 2 x 4 pixels are 32 multiply-adds
   for 15 loads, where the generic sweep (taps.h) needs 32. A record's offset is its channel's place in the window.
+  More weights than registers hold (dense 5 x 5 and 7 x 7) are loaded when their turn comes, while a row of the window
+  is in registers.
 - "channels" goes through the kernels of one channel after the other and keeps the window of the tile in registers,
   all 24 pixels of it for 2 x 4, which takes the 32 registers of AVX-512. The sums of all filters stay in the
   first-level cache: 8 loads and 8 stores for 32 multiply-adds, from one small place instead of a window of all
   channels that only the second-level cache holds. The window is read once, so that there is no need to copy it:
   the sweep reads the input itself, and fetches ahead what the tile below will read, or the next block.
   A record's offset is its filter's place in the sums.
-- "pairs" is the same on registers of two neighbouring output pixels (512 bits): half the instructions. Its window
-  holds a pair for every column, as taps need them, with a stride from two places; padding beside a pixel is zero.
 
-The taps of an output pixel are added in the order of the pattern, as in the generic sweep: "filters" gives the same
-bits as that, and "channels" the same as both with one channel to a block.
+"filter_pairs" and "channel_pairs" are the same on registers of two neighbouring output pixels (512 bits): half the
+instructions. Their windows hold a pair for every column, as taps need them, with a stride from two places; padding
+beside a pixel is zero.
+
+The taps of an output pixel are added in the order of the pattern, as in the generic sweep: going by filters gives the
+same bits as that, and going by channels the same as both with one channel to a block.
 
 Compiled on first use rather than precompiled for all patterns, because it costs next to nothing: the text names
 every sum as a scalar and includes no standard header, so g++ needs 0.1 s for four patterns and one tile (C++
@@ -28,7 +32,7 @@ that occur would be minutes of compiling at installation and megabytes of code.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import product
+from itertools import groupby, product
 from math import prod
 from typing import Literal
 
@@ -41,8 +45,11 @@ TARGETS = {
     "portable": (128, None),
 }
 """Instruction set -> bits of a register, and what the compiler calls the set."""
+Sweep = Literal["filters", "filter_pairs", "channels", "channel_pairs"]
 SUMS_AT_ONCE = 8
 """Sums that a sweep by channel loads before it stores them."""
+MOST_WEIGHTS = 9
+"""That are in registers together."""
 MAX_PATTERNS = 16
 """Larger pools have no code of their own."""
 PIXELS_PER_LINE = 2
@@ -92,7 +99,7 @@ class SweepSpec:
     of its sums is another.
     """
 
-    sweep: Literal["filters", "channels", "pairs"]
+    sweep: Sweep
     instruction_set: str
     kernel_size: int
     patterns: tuple[tuple[int, ...], ...]
@@ -108,7 +115,7 @@ class SweepSpec:
     @property
     def pixels(self) -> int:
         """In a register."""
-        return 2 if self.sweep == "pairs" else 1
+        return pixels_of(self.sweep)
 
     def groups(self) -> list[tuple[tuple[int, ...], ...]]:
         """Return the patterns of each sweep."""
@@ -126,6 +133,16 @@ class SweepSpec:
         return (place[0], place[1])
 
 
+def pixels_of(sweep: str) -> Literal[1, 2]:
+    """Return the neighbouring output pixels in a register."""
+    return 2 if sweep.endswith("pairs") else 1
+
+
+def goes_by_channel(sweep: str) -> bool:
+    """Tell whether a sweep goes through the kernels channel by channel."""
+    return sweep.startswith("channel")
+
+
 def library(spec: SweepSpec, shapes: tuple[TileShape, ...]) -> Library:
     """Return the library with `clicktrain_sweep_<i>`, numbered by group of patterns and shape."""
     return Library("sweep", (("sweep.cpp", render(spec, shapes)),), FLAGS)
@@ -134,7 +151,7 @@ def library(spec: SweepSpec, shapes: tuple[TileShape, ...]) -> Library:
 def render(spec: SweepSpec, shapes: tuple[TileShape, ...]) -> str:
     """Return the translation unit with the sweeps of all shapes."""
     lines = header(spec.instruction_set)
-    write = _filters if spec.sweep == "filters" else _channels
+    write = _channels if goes_by_channel(spec.sweep) else _filters
     for number, (patterns, shape) in enumerate(product(spec.groups(), shapes)):
         lines += ["", *write(f"clicktrain_sweep_{number}", patterns, spec, shape)]
     return "\n".join(lines) + "\n"
@@ -154,37 +171,40 @@ def header(instruction_set: str) -> list[str]:
 
 
 def _filters(name: str, patterns: tuple[tuple[int, ...], ...], spec: SweepSpec, shape: TileShape) -> list[str]:
-    entries = len(patterns[0])
-    pixels = list(product(range(shape.blocks), range(shape.rows), range(shape.columns)))
+    entries, register = len(patterns[0]), REGISTERS[spec.pixels]
+    pixels = list(product(range(shape.blocks), range(shape.rows), range(0, shape.columns, spec.pixels)))
     places = [(_sum(b, r, c), f"{b} * s->$_block + {r} * s->$_row + {c} * s->$_pixel") for b, r, c in pixels]
+    half = {_sum(b, r, c) for b, r, c in pixels if c + spec.pixels > shape.columns}
+    load = {name: register.load_first if name in half else register.load for name, _ in places}
+    value = {name: f"first({name})" if name in half else name for name, _ in places}
     return [
         f'extern "C" void {name}(const Sweep* s) {{',
         "  const float* const window = s->window;",
-        "  const int64_t first = s->starts[s->begin];",
-        "  const int32_t* offset = s->offsets + first;",
-        f"  const float* weight = s->weights + first * {entries};",
+        "  const int64_t record = s->starts[s->begin];",
+        "  const int32_t* offset = s->offsets + record;",
+        f"  const float* weight = s->weights + record * {entries};",
         "  const uint16_t* run = s->runs;",
         f"  for (int f = s->begin; f < s->end; ++f, run += {spec.group}) {{",
         "    const int64_t filter = s->order[f];",
-        "    const Vec start = s->bias ? broadcast(s->bias[filter]) : Vec{};",
-        f"    Vec {', '.join(f'{name} = start' for name, _ in places)};",
-        *(f"    Vec {name}_{chain} = {{}};" for name, _ in places for chain in range(1, spec.chains)),
+        f"    const {register.name} start = {register.broadcast}(s->bias ? s->bias[filter] : 0.0f);",
+        f"    {register.name} {', '.join(f'{name} = start' for name, _ in places)};",
+        *(f"    {register.name} {name}_{chain} = {{}};" for name, _ in places for chain in range(1, spec.chains)),
         "    if (const float* in = s->sums_in) {",
         "      in += filter * s->in_filter;",
-        *(f"      {name} = load(in + {place.replace('$', 'in')});" for name, place in places),
+        *(f"      {name} = {load[name]}(in + {place.replace('$', 'in')});" for name, place in places),
         "    }",
         *(line for number, pattern in enumerate(patterns) for line in _run(number, pattern, spec, shape)),
         *(f"    {name} += {name}_{chain};" for name, _ in places for chain in range(1, spec.chains)),
         "    if (const float* residual = s->residual) {",
         "      residual += filter * s->out_filter;",
-        *(f"      {name} += load(residual + {place.replace('$', 'out')});" for name, place in places),
+        *(f"      {name} += {load[name]}(residual + {place.replace('$', 'out')});" for name, place in places),
         "    }",
         f"    if (s->relu) {{ {' '.join(f'{name} = relu({name});' for name, _ in places)} }}",
         "    float* out = s->sums_out + filter * s->out_filter;",
         "    if (s->streaming) {",
-        *(f"      stream(out + {place.replace('$', 'out')}, {name});" for name, place in places),
+        *(f"      stream(out + {place.replace('$', 'out')}, {value[name]});" for name, place in places),
         "    } else {",
-        *(f"      store(out + {place.replace('$', 'out')}, {name});" for name, place in places),
+        *(f"      store(out + {place.replace('$', 'out')}, {value[name]});" for name, place in places),
         "    }",
         "  }",
         "}",
@@ -193,24 +213,35 @@ def _filters(name: str, patterns: tuple[tuple[int, ...], ...], spec: SweepSpec, 
 
 def _run(number: int, pattern: tuple[int, ...], spec: SweepSpec, shape: TileShape) -> list[str]:
     """Return the loop over the kernels of one pattern."""
-    entries = len(pattern)
-    uses: dict[tuple[int, int, int], list[str]] = {}
-    for block, entry, row, column in product(
-        range(shape.blocks), range(entries), range(shape.rows), range(shape.columns)
-    ):
-        place = spec.reads(pattern[entry], row, column, shape)
-        if place is not None:
+    entries, register = len(pattern), REGISTERS[spec.pixels]
+    uses: dict[tuple[int, Pair], list[tuple[int, str]]] = {}
+    for block, row, column in product(range(shape.blocks), range(shape.rows), range(0, shape.columns, spec.pixels)):
+        for entry, pixel in _taps(pattern, (row, column), spec, shape):
             chain = f"_{entry % spec.chains}" if entry % spec.chains else ""
-            uses.setdefault((block, *place), []).append(f"{_sum(block, row, column)}{chain} += w{entry} * x;")
+            uses.setdefault((block, pixel), []).append((entry, _sum(block, row, column) + chain))
+    few = entries <= MOST_WEIGHTS
+    weights = [f"const {register.name} w{entry} = {register.broadcast}(weight[{entry}]);" for entry in range(entries)]
     lines = [
         f"    for (int n = run[{number}]; n; --n, ++offset, weight += {entries}) {{",
         "      const float* channel = window + *offset;",
-        *(f"      const Vec w{entry} = broadcast(weight[{entry}]);" for entry in range(entries)),
+        *(f"      {weight}" for weight in weights if few),
     ]
-    for (block, i, j), additions in sorted(uses.items()):
-        offset = _window_offset((block, i, j), spec)
-        pin = " pin(x);" if len(additions) > 1 else ""
-        lines.append(f"      {{ Vec x = load(channel + {offset});{pin} {' '.join(additions)} }}")
+    for _, group in groupby(sorted(uses), key=lambda place: (place[0], place[1][0])):
+        row_of = list(group)
+        loads = [f"{register.name} x = {_load(block, pixel, spec, shape)};" for block, pixel in row_of]
+        if few:
+            for place, load in zip(row_of, loads, strict=True):
+                pin = " pin(x);" if len(uses[place]) > 1 else ""
+                additions = " ".join(f"{total} += w{entry} * x;" for entry, total in uses[place])
+                lines.append(f"      {{ {load}{pin} {additions} }}")
+            continue
+        lines.append("      {")
+        lines += [f"        {load.replace(' x ', f' x{i} ')} pin(x{i});" for i, load in enumerate(loads)]
+        by_entry = sorted((entry, total, i) for i, place in enumerate(row_of) for entry, total in uses[place])
+        for entry, of_entry in groupby(by_entry, key=lambda use: use[0]):
+            sums = " ".join(f"{total} += w{entry} * x{i};" for _, total, i in of_entry)
+            lines.append(f"        {{ {weights[entry]} {sums} }}")
+        lines.append("      }")
     return [*lines, "    }"]
 
 
@@ -237,7 +268,7 @@ def _channels(name: str, patterns: tuple[tuple[int, ...], ...], spec: SweepSpec,
         "    }",
         f"  for (int c = 0; c < s->channels; ++c, channel += {_channel_floats(spec)}, run += {len(patterns)}) {{",
         *(f"    __builtin_prefetch(channel + {place}, 0, 2);" for place in _ahead(spec, shape)),
-        *(f"    {register.name} {x} = {_load(pixel, spec, shape)}; pin({x});" for pixel, x in window.items()),
+        *(f"    {register.name} {x} = {_load(0, pixel, spec, shape)}; pin({x});" for pixel, x in window.items()),
     ]
     for number, used in enumerate(taps):
         lines += [
@@ -274,13 +305,13 @@ def _taps(pattern: tuple[int, ...], place: Pair, spec: SweepSpec, shape: TileSha
     return taps
 
 
-def _load(pixel: Pair, spec: SweepSpec, shape: TileShape) -> str:
+def _load(block: int, pixel: Pair, spec: SweepSpec, shape: TileShape) -> str:
     """Return the expression that loads what exists of one or two window pixels; padding beside a pixel is zero."""
     (low, high), step = shape.window_columns, spec.stride[1]
     row, column = pixel
 
     def place(column: int) -> str:
-        return f"channel + {_window_offset((0, row, column), spec)}"
+        return f"channel + {_window_offset((block, row, column), spec)}"
 
     if spec.pixels == 2 and column < low:
         return f"load_second({place(column + step - 1)})"

@@ -56,10 +56,11 @@ CLICKTRAIN_INLINE Pair load_second(const float* p) { return __builtin_ia32_loadu
 CLICKTRAIN_INLINE Pair load_two(const float* first, const float* second) {
   return __builtin_ia32_insertf32x8_mask(load_first(first), load(second), 1, Pair{}, 0xffff);
 }
-CLICKTRAIN_INLINE Vec fold(Pair v) {
-  return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-         __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-}
+CLICKTRAIN_INLINE Vec first(Pair v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7); }
+CLICKTRAIN_INLINE Vec second(Pair v) { return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15); }
+CLICKTRAIN_INLINE Vec fold(Pair v) { return first(v) + second(v); }
+CLICKTRAIN_INLINE void stream(float* p, Pair v) { stream(p, first(v)), stream(p + kLanes, second(v)); }
+CLICKTRAIN_INLINE Pair relu(Pair v) { return v < 0.0f ? Pair{} : v; }
 // sum += a * b, of both pixels or of one: padding beside a pixel is not even multiplied with zero.
 CLICKTRAIN_INLINE void add_all(Pair& sum, Pair a, Pair b) { sum += a * b; }
 CLICKTRAIN_INLINE void add_first(Pair& sum, Pair a, Pair b) {

@@ -44,8 +44,8 @@ class Choice:
 
     Attributes
     ----------
-    sweep : {"filters", "channels", "pairs", "taps"}
-        The compute kernel: specialised for the pool, filter by filter, or channel by channel on single pixels or pairs
+    sweep : {"filters", "filter_pairs", "channels", "channel_pairs", "taps"}
+        The compute kernel: specialised for the pool, filter by filter or channel by channel, on single pixels or pairs
         of them, or generic.
     tile : (int, int, int)
         Blocks, rows and columns of output pixels that are computed at once; one block in sweeps by channel.
@@ -54,10 +54,10 @@ class Choice:
     channel_block : int
         Input channels in a window, at most `MOST_CHANNELS`.
     group : int
-        Patterns that a "filters" sweep does at once.
+        Patterns that a sweep by filters does at once.
     """
 
-    sweep: Literal["filters", "channels", "pairs", "taps"]
+    sweep: codegen.Sweep | Literal["taps"]
     tile: tuple[int, int, int]
     band: int
     channel_block: int
@@ -141,7 +141,7 @@ def prepare(layer: Layer, blocks: int, choice: Choice, short_chains: bool = Fals
     if choice.sweep == "taps":
         return _prepare_taps(layer, blocks, choice)
     try:
-        if choice.sweep in ("channels", "pairs"):
+        if codegen.goes_by_channel(choice.sweep):
             return _prepare_channels(layer, blocks, choice)
         return _prepare_filters(layer, blocks, choice, short_chains)
     except BackendUnavailable as error:
@@ -344,8 +344,8 @@ def _axis_shapes(layer: Layer, choice: Choice, window: Window, axis: int) -> lis
 
 def _chains(layer: Layer, choice: Choice) -> int:
     """Return how many sums of a pixel keep the multiply-add units busy together with its neighbours'."""
-    pixels = choice.tile[0] * choice.tile[1] * choice.tile[2]
-    return max(1, min(layer.entries, CHAINS // pixels))
+    sums = choice.tile[0] * choice.tile[1] * -(-choice.tile[2] // codegen.pixels_of(choice.sweep))
+    return max(1, min(layer.entries, CHAINS // sums))
 
 
 def _specialised_sweeps(
@@ -358,7 +358,8 @@ def _specialised_sweeps(
     shapes = tile_shapes(layer, blocks, choice, window)
     distinct = tuple(sorted(set(shapes), key=str))
     assert choice.sweep != "taps"
-    group = len(layer.patterns) if choice.sweep in ("channels", "pairs") else min(choice.group, len(layer.patterns))
+    most = len(layer.patterns)
+    group = most if codegen.goes_by_channel(choice.sweep) else min(choice.group, most)
     spec = SweepSpec(
         choice.sweep, instruction_set(), layer.kernel_size, layer.patterns, group, layer.stride, layer.spread,
         window.origin, *(planes or (window.size[0], window.pitch)), choice.tile, chains,

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from itertools import product
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -105,7 +105,7 @@ def fingerprint(layer: Layer, blocks: int) -> str:
 def estimate(layer: Layer, blocks: int) -> Choice:
     """Return a good way to cut up a pass, without measuring."""
     channel_block = _channel_block(layer)
-    if layer.kernel_size == 1 or len(layer.patterns) > codegen.MAX_PATTERNS:
+    if len(layer.patterns) > codegen.MAX_PATTERNS or (layer.kernel_size == 1 and not _holds_pairs(layer)):
         tile = taps_tile(layer)
         return Choice("taps", tile, _band(layer, tile), channel_block, group=1)
     by_channel = _by_channel(layer)
@@ -113,8 +113,7 @@ def estimate(layer: Layer, blocks: int) -> Choice:
         return by_channel[0]
     if by_channel and (max(layer.stride) > 1 or by_channel[-1].tile[1:] == layer.out_size):
         return by_channel[-1]  # "channels": few registers for the window of a stride, or a whole small image
-    tile = _by_cost(layer, blocks)[0]
-    return Choice("filters", tile, _band(layer, tile), channel_block, _group(layer, channel_block))
+    return _by_filter(layer, blocks)[0]
 
 
 def candidates(layer: Layer, blocks: int) -> list[Choice]:
@@ -122,16 +121,12 @@ def candidates(layer: Layer, blocks: int) -> list[Choice]:
     first = estimate(layer, blocks)
     found = [first]
     if first.sweep != "taps":
-        channel_block = _channel_block(layer)
-        group = _group(layer, channel_block)
-        filters = [
-            Choice("filters", tile, _band(layer, tile), channel_block, group) for tile in _by_cost(layer, blocks)[:3]
-        ]
+        filters = _by_filter(layer, blocks)
         found += [*filters, *(replace(filters[0], group=group) for group in (2, len(layer.patterns)))]
         found += _by_channel(layer)
         tile = taps_tile(layer)
-        found.append(Choice("taps", tile, _band(layer, tile), channel_block, group=1))
-    if first.sweep in ("filters", "taps") or not layer.in_place:  # in place, no window is copied block by block
+        found.append(Choice("taps", tile, _band(layer, tile), _channel_block(layer), group=1))
+    if not codegen.goes_by_channel(first.sweep) or not layer.in_place:  # in place, no window is copied block by block
         found += [replace(first, channel_block=c) for c in (32, 128) if c < layer.channels]
     return list(dict.fromkeys(found))
 
@@ -164,13 +159,12 @@ def _parsed(key: str, fields: Mapping[str, Any]) -> Choice:
         raise InvalidArgument(
             f"choice {key}={fields!r}: expected sweep, tile, band, channel_block and group"
         ) from error
-    by_channel = choice.sweep in ("channels", "pairs")
     if (
-        choice.sweep not in ("filters", "channels", "pairs", "taps")
+        choice.sweep not in (*get_args(codegen.Sweep), "taps")
         or min(b, r, c, choice.band, choice.group, choice.channel_block) < 1
         or choice.channel_block > MOST_CHANNELS
-        or (by_channel and b * choice.band > 1)
-        or (choice.sweep == "pairs" and c % 2)
+        or (codegen.goes_by_channel(choice.sweep) and b * choice.band > 1)
+        or c % codegen.pixels_of(choice.sweep)
     ):
         raise InvalidArgument(f"choice {key}={fields!r}: a value is out of range")
     return choice
@@ -220,25 +214,40 @@ def _band(layer: Layer, tile: Tile) -> int:
     return max(1, min(BAND_PIXELS, layer.out_size[1]) // tile[2])
 
 
-def _tiles(layer: Layer, blocks: int) -> list[Tile]:
-    """Return the tiles whose sums fit into the registers."""
+def _tiles(layer: Layer, blocks: int, pixels: int) -> list[Tile]:
+    """Return the tiles whose sums fit into the registers, beside a row of the window where weights do not."""
     (height, width), (u, v) = layer.out_size, layer.spread
-    limit = _SUMS[instruction_set()]
+
+    def fits(b: int, r: int, c: int) -> bool:
+        sums = b * r * u * c * v // pixels
+        if layer.entries > codegen.MOST_WEIGHTS and instruction_set() == "avx512":
+            return sums + _loads_of_row(layer, c * v, pixels) + 1 <= _REGISTERS
+        return sums <= _SUMS[instruction_set()]
+
     tiles = [
         (b, r * u, c * v)
-        for b, r, c in product((1, 2, 3), (1, 2, 3, 4), range(1, 11))
-        if b * r * u * c * v <= limit and b <= max(1, blocks) and (r - 1) * u < height and (c - 1) * v < width
+        for b, r, c in product((1, 2, 3), (1, 2, 3, 4), range(pixels, 10 * pixels + 1, pixels))
+        if fits(b, r, c) and b <= max(1, blocks) and (r - 1) * u < height and (c - 1) * v < width
     ]
-    return tiles or [(1, u, v)]
+    return tiles or [(1, u, pixels * v)]
+
+
+def _loads_of_row(layer: Layer, columns: int, pixels: int) -> int:
+    """Return the registers that a row of the window of so many output columns takes."""
+    stride, k = layer.stride[1], layer.kernel_size
+    if pixels == 1:
+        return (columns - 1) * stride + k
+    pairs = -(-columns // 2)
+    return min(pairs * k, 2 * (pairs - 1) * stride + k)
 
 
 def _by_channel(layer: Layer) -> list[Choice]:
     """Return the likeliest ways to go through the kernels channel by channel, the best first."""
-    if instruction_set() != "avx512" or layer.spread != (1, 1):
+    if instruction_set() != "avx512" or layer.spread != (1, 1) or layer.kernel_size == 1:
         return []
     channels, patterns = max(1, layer.channels), len(layer.patterns)
     return [
-        *(Choice("pairs", tile, 1, channels, patterns) for tile in _pair_tiles(layer)),
+        *(Choice("channel_pairs", tile, 1, channels, patterns) for tile in _pair_tiles(layer)),
         *(Choice("channels", tile, 1, channels, patterns) for tile in _window_tiles(layer)[:1]),
     ]
 
@@ -284,16 +293,29 @@ def _suits_pairs(layer: Layer) -> bool:
     return max(layer.stride) == 1 and 2 * _pairs(width, tiles[0][2]) == width and height * width >= pixels
 
 
-def _by_cost(layer: Layer, blocks: int) -> list[Tile]:
-    """Return the tiles, the one that should be fastest first."""
+def _by_filter(layer: Layer, blocks: int) -> list[Choice]:
+    """Return the likeliest ways to go through the kernels filter by filter, the best first."""
+    channel_block = _channel_block(layer)
+    group = _group(layer, channel_block)
+    found = []
+    sweeps: tuple[codegen.Sweep, ...] = ("filter_pairs", "filters") if _holds_pairs(layer) else ("filters",)
+    for sweep in sweeps:
+        pixels = codegen.pixels_of(sweep)
+        tiles = sorted(_tiles(layer, blocks, pixels), key=lambda tile: _cost(layer, blocks, tile, pixels))
+        found += [Choice(sweep, tile, _band(layer, tile), channel_block, group) for tile in tiles[:3]]
+    return found
 
-    def cost(tile: Tile) -> tuple[bool, float]:
-        return not streams(layer, blocks, tile), _cycles(layer, blocks, tile)
 
-    return sorted(_tiles(layer, blocks), key=cost)
+def _holds_pairs(layer: Layer) -> bool:
+    """Tell whether sweeps by filter are faster with two pixels in a register."""
+    return wide_registers() and layer.spread == (1, 1) and layer.out_size[1] > 1
 
 
-def _cycles(layer: Layer, blocks: int, tile: Tile) -> float:
+def _cost(layer: Layer, blocks: int, tile: Tile, pixels: int) -> tuple[bool, float]:
+    return not streams(layer, blocks, tile), _cycles(layer, blocks, tile, pixels)
+
+
+def _cycles(layer: Layer, blocks: int, tile: Tile, pixels: int) -> float:
     """Estimate the cycles that all tiles together spend on one kernel, and on copying its share of a window."""
     lengths = [  # of two kinds at most, along each axis
         Counter(length for _, length in cuts(size, step, spread)).items()
@@ -302,11 +324,13 @@ def _cycles(layer: Layer, blocks: int, tile: Tile) -> float:
     phases = layer.spread[0] * layer.spread[1]
     uses = max(1.0, len(layer.kernels.filters) / max(1, layer.channels))  # of a channel's window
     (s, t), k = layer.stride, layer.kernel_size
+    dear = 1.0 if pixels == 1 else 1.5 if t == 1 else 2.0  # half of the pairs cross a cache line; a stride takes two
     total = 0.0
     for (b, n_b), (r, n_r), (c, n_c) in product(*lengths):
-        window = b * ((r - 1) * s + k) * ((c - 1) * t + k) / phases
-        arithmetic = layer.entries * b * r * c / phases / 2
+        rows, sums = b * ((r - 1) * s + k) / phases, b * r * -(-c // pixels) / phases
+        arithmetic = layer.entries * sums / 2
         latency = layer.entries * _FMA_LATENCY / phases
-        loads = (window * min(1.0, layer.entries / k) + layer.entries) / 2
-        total += n_b * n_r * n_c * (max(arithmetic, latency, loads) + 3 + 2 * window / uses)
+        loads = (dear * rows * _loads_of_row(layer, c, pixels) * min(1.0, layer.entries / k) + layer.entries) / 2
+        copying = 2 * rows * ((c - 1) * t + k) / uses
+        total += n_b * n_r * n_c * (max(arithmetic, latency, loads) + 3 + copying)
     return total
