@@ -113,7 +113,7 @@ def test_generated_code_is_what_it_was() -> None:
     text = codegen.render(spec, (TileShape(1, 1, 2, (1, 3), (0, 4)),))
     body = [line.strip() for line in text.splitlines() if "run[" in line or "Vec" in line]
     assert body == [
-        "const Vec start = s->bias ? broadcast(s->bias[filter]) : Vec{};",
+        "const Vec start = broadcast(s->bias ? s->bias[filter] : 0.0f);",
         "Vec s0_0_0 = start, s0_0_1 = start;",
         "for (int n = run[0]; n; --n, ++offset, weight += 2) {",
         "const Vec w0 = broadcast(weight[0]);",

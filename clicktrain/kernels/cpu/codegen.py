@@ -232,7 +232,7 @@ def _run(number: int, pattern: tuple[int, ...], spec: SweepSpec, shape: TileShap
         if few:
             for place, load in zip(row_of, loads, strict=True):
                 pin = " pin(x);" if len(uses[place]) > 1 else ""
-                additions = " ".join(f"{total} += w{entry} * x;" for entry, total in uses[place])
+                additions = " ".join(f"{total} += w{entry} * x;" for entry, total in sorted(uses[place]))
                 lines.append(f"      {{ {load}{pin} {additions} }}")
             continue
         lines.append("      {")
