@@ -27,6 +27,7 @@ from bench import engines, footprint
 from bench.deepsparse_worker import Worker
 from clicktrain import deploy, models, official, provenance, timing
 from clicktrain.deploy import export
+from clicktrain.errors import InvalidArgument
 from clicktrain.files import write_atomic
 from clicktrain.flops import layer_costs
 from clicktrain.kernels.cpu import library
@@ -237,7 +238,7 @@ def _said(cost: dict[str, float] | None) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark; returns 0, or 2 where the CPU backend is not available."""
+    """Run the benchmark; returns 0, or 2 where the CPU backend is not available or a network cannot be so sparse."""
     parser = argparse.ArgumentParser(prog="python -m bench.inference", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few rounds: proves that it runs, no more")
     parser.add_argument("--rounds", type=int, default=21, help="samples of each contender (default %(default)s)")
@@ -265,7 +266,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for batch in network.goals:
             if options.batches is None or batch in options.batches:
                 rounds = 3 if options.quick else options.rounds
-                rows.append(measure(network, batch, rounds, options.rivals, options.deepsparse))
+                try:
+                    rows.append(measure(network, batch, rounds, options.rivals, options.deepsparse))
+                except InvalidArgument as error:
+                    print(f"error: --compressions: {error}", file=sys.stderr)
+                    return 2
                 print(*lines(rows[-1]), sep="\n", flush=True)
     if options.compressions:
         print(*crossovers(rows), sep="\n")
@@ -274,6 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "schema": 1,
             "quick": options.quick,
             "provenance": provenance.collect(),
+            "ceilings": asdict(timing.ceilings()),
             "threads": asdict(timing.Threads.now()),
             "rows": rows,
         }

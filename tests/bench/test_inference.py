@@ -82,6 +82,13 @@ def test_the_crossover_is_against_the_best_dense_engine() -> None:
     ]
 
 
+def test_a_compression_out_of_reach_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert inference.main(["--quick", "--compressions", "1.5"]) == 2
+    error = capsys.readouterr().err
+    assert "--compressions: target_compression=1.5: feasible are 2.2" in error
+    assert len(error.splitlines()) == 1
+
+
 def test_a_network_with_ratios_has_no_other_compression(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
