@@ -235,6 +235,13 @@ def test_choices_of_a_damaged_checkpoint_are_refused(fields: dict[str, object]) 
         tuning.import_choices({"some-key": fields})
 
 
+def test_choices_of_older_files_are_understood() -> None:
+    fields = {"sweep": "pairs", "tile": [1, 2, 4], "band": 1, "channel_block": 8, "group": 4}
+    tuning.import_choices({"old": fields})
+    assert tuning.export_choices()["old"] == {**fields, "sweep": "channel_pairs", "tile": (1, 2, 4)}
+    tuning.forget()
+
+
 def test_bad_operands_are_named() -> None:
     made, x, values, dy = Case(SQUARES, 9, 10, 9, (6, 6), (1, 1), (1, 1), 0.3, seed=5).operands()
     with pytest.raises(InvalidArgument, match=r"x is torch.float64: .* torch.float32"):

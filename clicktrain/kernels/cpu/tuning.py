@@ -49,6 +49,9 @@ bits are computed in two steps: in sparse and in dense layers."""
 _PAIR_TILES = {(1, 1): ((2, 4), (4, 2), (2, 2), (1, 4), (1, 2)), (2, 2): ((4, 2), (1, 4))}
 """By stride, rows and columns whose window of pairs fits into the registers beside four weights."""
 
+_OLD_NAMES: dict[str, codegen.Sweep] = {"pairs": "channel_pairs"}
+"""Of sweeps, in files that were written before there were pairs of two kinds."""
+
 Tile = tuple[int, int, int]
 
 _choices: dict[str, Choice] = {}
@@ -154,7 +157,7 @@ def _parsed(key: str, fields: Mapping[str, Any]) -> Choice:
     try:
         b, r, c = (int(size) for size in fields["tile"])
         numbers = (int(fields[name]) for name in ("band", "channel_block", "group"))
-        choice = Choice(fields["sweep"], (b, r, c), *numbers)
+        choice = Choice(_OLD_NAMES.get(fields["sweep"], fields["sweep"]), (b, r, c), *numbers)
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidArgument(
             f"choice {key}={fields!r}: expected sweep, tile, band, channel_block and group"
