@@ -182,25 +182,41 @@ def _build(library: Library, path: Path) -> None:
     if os.environ.get("CLICKTRAIN_DISABLE_JIT", "0") not in ("", "0"):
         raise BackendUnavailable(f"{library.name} is not compiled and CLICKTRAIN_DISABLE_JIT forbids compiling it")
     nice = getattr(_thread, "nice", ())
-    with tempfile.TemporaryDirectory(prefix="clicktrain-") as work:
-        objects = in_parallel([partial(_compile, library, Path(work), *source, nice) for source in library.sources])
-        result = Path(work) / path.name
+    with _work_directory(library) as work:
+        objects = in_parallel([partial(_compile, library, work / name, nice) for name, _ in library.sources])
+        result = work / path.name
         _run([*compiler(), *LINK_FLAGS, "-o", str(result), *map(str, objects)])
         data = result.read_bytes()
     write_atomic(path, data)
     write_atomic(path.with_suffix(".sha256"), hashlib.sha256(data).hexdigest())
 
 
-def _compile(library: Library, work: Path, name: str, text: str, nice: tuple[str, ...]) -> Path:
-    source, target = work / name, (work / name).with_suffix(".o")
-    source.write_text(text)
+def _compile(library: Library, source: Path, nice: tuple[str, ...]) -> Path:
+    target = source.with_suffix(".o")
     _run([*nice, *compiler(), *library.flags, f"-I{DIRECTORY}", "-c", "-o", str(target), str(source)])
     return target
+
+
+@contextmanager
+def _work_directory(library: Library) -> Iterator[Path]:
+    """Hold the sources in a directory that goes after the build, and with the process in any case."""
+    with _starting:
+        _refuse_at_end()
+        work = Path(tempfile.mkdtemp(prefix="clicktrain-"))
+        _works.add(work)
+        for name, text in library.sources:
+            (work / name).write_text(text)
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        _works.discard(work)
 
 
 _thread = threading.local()
 _slots = threading.BoundedSemaphore(len(os.sched_getaffinity(0)))
 _running: set[subprocess.Popen[str]] = set()
+_works: set[Path] = set()
 _ending = threading.Event()
 _starting = threading.Lock()
 
@@ -209,8 +225,7 @@ def _run(command: list[str]) -> None:
     """Run a compiler, when a core is free for it."""
     with _slots:
         with _starting:  # none may start unseen by `_stop_all`
-            if _ending.is_set():
-                raise BackendUnavailable("compiling was given up: the process ends")
+            _refuse_at_end()
             # A session of its own, so that the compiler can be stopped together with the processes that it starts.
             process = subprocess.Popen(
                 command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -225,6 +240,11 @@ def _run(command: list[str]) -> None:
         raise BackendUnavailable(f"compiling failed: {shlex.join(command)}\n{messages.strip()[-2000:]}")
 
 
+def _refuse_at_end() -> None:
+    if _ending.is_set():
+        raise BackendUnavailable("compiling was given up: the process ends")
+
+
 def _stop(process: subprocess.Popen[str]) -> None:
     if process.poll() is None:
         with suppress(ProcessLookupError):
@@ -237,6 +257,9 @@ def _stop_all() -> None:
         _ending.set()
     for process in list(_running):
         _stop(process)
+        process.wait()
+    for work in list(_works):  # the threads that would do it may be gone already
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def in_parallel(calls: Sequence[Callable[[], T]]) -> list[T]:
