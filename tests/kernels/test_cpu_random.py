@@ -109,7 +109,7 @@ SWEEPS: tuple[tuple[codegen.Sweep, tuple[int, int, int], int], ...] = (
 """With tile and band."""
 
 
-@settings(MINE, max_examples=60)
+@settings(MINE, max_examples=100)
 @given(st.one_of(specialised_cases(), large_kernels()), st.integers(1, 90), st.integers(1, 4))
 def test_every_sweep(case: Case, channel_block: int, group: int) -> None:
     """All tiles, in place and on copied windows, whatever the heuristic would choose."""

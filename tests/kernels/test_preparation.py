@@ -22,7 +22,7 @@ from clicktrain.errors import BackendUnavailable
 from clicktrain.kernels import build
 from clicktrain.kernels.cpu import backend, gradients, library, passes, runtime
 from clicktrain.preparation import plans
-from tests.kernels.cases import Case, relative_error
+from tests.kernels.cases import Case
 from tests.kernels.test_cpu_backend import SQUARES, run
 
 pytestmark = pytest.mark.skipif(backend.available() is not True, reason=str(backend.available()))
@@ -90,7 +90,9 @@ def test_failures_are_logged_and_end_nothing(monkeypatch: pytest.MonkeyPatch, ca
     def disk_is_full(made: build.Library, path: Path) -> None:
         raise OSError(28, "No space left on device")
 
+    monkeypatch.setenv("CLICKTRAIN_DISABLE_JIT", "1")
     expected = run(CASE)
+    monkeypatch.delenv("CLICKTRAIN_DISABLE_JIT")
     runtime.forget()
     passes._addresses.cache_clear()
     gradients._addresses.cache_clear()
@@ -99,8 +101,8 @@ def test_failures_are_logged_and_end_nothing(monkeypatch: pytest.MonkeyPatch, ca
     with caplog.at_level(logging.WARNING):
         kernels.prepare([CASE.plan()])
         results = run(CASE)
-    for name, result in results.items():  # of the generic kernels, which add in another order
-        assert relative_error(result, expected[name]) < 1e-5, name
+    for name, result in results.items():  # of the generic kernels, too
+        assert torch.equal(result, expected[name]), name
     assert [r.message for r in caplog.records if "No space left" in r.message and "generic one" in r.message]
 
 
