@@ -13,7 +13,7 @@ from reproductions.verdicts import QUICK_BENCHMARK, Verdict, judge
 FUNCTION = "forward"
 """What the claims are about."""
 
-_FLOAT32 = ("cuDNN fp32", "cuBLAS im2col", "cuSPARSE CSR")
+_FLOAT32 = ("cuDNN fp32", "cuBLAS im2col", "cuBLAS product", "cuSPARSE im2col", "cuSPARSE product")
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from clicktrain.kernels.cuda import codegen, launch
 
 SANITIZED_CONVOLUTIONS = 6
 LEAST_SANITIZER_SECONDS = 15
-SHARES = {"checks": 0.2, "training": 0.35}
+SHARES = {"checks": 0.2, "training": 0.35, "sanitizer": 0.1}
 """Of the minutes, at most; the table of kernels takes the rest."""
 
 
@@ -48,7 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "ceilings": ceilings.measure(options.rounds), "rows": [], "wrong": [], "left_out": [], "summary": {},
         "training": [], "sanitizer": {},
     }  # fmt: skip
-    measure(report, options, end)
+    if not options.no_training:
+        report["training"] = training(options, SHARES["training"] * options.minutes * 60)
+        _save(report, options.out)
+    sanitizer_seconds = 0 if options.no_sanitizer else SHARES["sanitizer"] * options.minutes * 60
+    measure(report, options, end - sanitizer_seconds)
     if not options.no_sanitizer:
         report["sanitizer"] = {tool: sanitize(tool, end - time.perf_counter()) for tool in ("memcheck", "racecheck")}
     _save(report, options.out)
@@ -58,23 +62,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(report: dict[str, Any], options: argparse.Namespace, end: float) -> None:
-    """Add the most important compression's kernels, the training run, and the other compressions as time allows."""
+    """Add the kernels of each layer, the most important first, as the time allows."""
     from bench.gpu import table
 
-    rows, seconds = [], 0.0
-    for number, layers in enumerate(table.batches(options.layers)):
-        start = time.perf_counter()
-        if number and start + 1.2 * seconds > end:
-            report["left_out"] += [workload.name for workload in layers]
-            continue
-        measured, wrong = table.measure_all(layers, options.rounds)
-        rows += measured
-        report["wrong"] += wrong
-        report["rows"], report["summary"] = [asdict(row) for row in rows], table.summary(rows, report["ceilings"])
-        seconds = time.perf_counter() - start
-        _save(report, options.out)
-        if number == 0 and not options.no_training:
-            report["training"] = training(options, min(SHARES["training"] * options.minutes * 60, end - start))
+    rows: list[table.Row] = []
+    for layers in table.batches(options.layers):
+        seen = 0
+        if time.perf_counter() < end:
+            for found in table.measure_all(layers, options.rounds, end):
+                seen += 1
+                if isinstance(found, str):
+                    report["wrong"].append(found)
+                    continue
+                rows += found
+                report["rows"] += [asdict(row) for row in found]
+                report["summary"] = table.summary(rows, report["ceilings"])
+                _save(report, options.out)
+        report["left_out"] += [workload.name for workload in layers[seen:]]
 
 
 def sanitize(tool: str, seconds: float) -> str:
@@ -117,7 +121,8 @@ def training(options: argparse.Namespace, seconds: float) -> list[dict[str, Any]
 def print_report(report: dict[str, Any]) -> None:
     """Print the short table that comes last."""
     print(f"\n{report['provenance']['gpu']}\nsparse fp32 kernels, times faster (geometric means over layers);")
-    print("the last number: tensor-core kernels for blocks of 16 filters that share their kernels, in the same type")
+    print("the last numbers: tensor-core kernels for blocks of 16 filters that share their kernels, in the same type,")
+    print("with images in NCHW and, as fast as they are meant to be, batch last")
     for name, means in report["summary"].items():
         print(f"  {name:22}" + "  ".join(f"{rival} {value:.2f}x" for rival, value in means.items()))
     for tool, said in report["sanitizer"].items():

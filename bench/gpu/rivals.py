@@ -1,12 +1,14 @@
 """What the sparse kernels are compared with: cuDNN in three precisions, cuBLAS, cuSPARSE, 2:4 sparsity.
 
-The products of matrices (cuBLAS, cuSPARSE, 2:4) get their im2col columns for nothing, and the product of the input
-gradient leaves col2im out: both favour the rivals.
+cuDNN computes in the layout, NCHW or channels_last, that is faster (bfloat16: channels_last); operands are
+in it already. Products of matrices (cuBLAS, cuSPARSE) are timed twice: as convolutions, from images to images, with
+im2col or col2im, and bare, of columns that are there already, which no network has. The 2:4 product is bare.
 """
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
 from typing import cast
 
 import torch
@@ -18,14 +20,18 @@ from clicktrain import Assignment, kernels
 from clicktrain.kernels import reference
 from clicktrain.kernels.backends import Kernels
 from clicktrain.kernels.cuda import backend
+from clicktrain.kernels.cuda.tuning import fastest
 from clicktrain.timing import Contender, WrongResult, relative_error
 
 aten = torch.ops.aten
+Product = Callable[..., Tensor]
 FUNCTIONS = ("forward", "grad_input", "grad_values")
 DENSE = ("cuDNN fp32", "cuDNN tf32", "cuDNN bf16")
 SPARSE = "sparse fp32"
 SHARED = "shared bf16"
 """The project's kernels where blocks of 16 filters keep the same kernels: another layer, of the same compression."""
+SHARED_BATCH_LAST = "shared bf16, batch last"
+"""The same in the format that suits them, as channels_last suits cuDNN: operands are in it, not timed."""
 SHARED_FILTERS = 16
 SHARED_TOLERANCE = 1.6e-2
 
@@ -61,23 +67,33 @@ class Case:
         """What each function must read and write at least, in float32."""
         return 4 * (self.x.numel() + self.dy.numel() + self.values.numel())
 
+    def im2col(self) -> Tensor:
+        """Return the matrix (C_in * k * k, N * H_out * W_out) of x, in one copy."""
+        k, stride, padding = self.shape.kernel_size, self.shape.stride, self.shape.padding
+        x = F.pad(self.x, (padding,) * 4) if padding else self.x
+        windows = x.unfold(2, k, stride).unfold(3, k, stride)  # (N, C_in, H_out, W_out, k, k), a view
+        return windows.permute(1, 4, 5, 0, 2, 3).reshape(x.shape[1] * k * k, -1)
+
+    def as_rows(self) -> Tensor:
+        """Return the output gradient as a matrix (C_out, N * H_out * W_out)."""
+        return self.dy.transpose(0, 1).flatten(1).contiguous()
+
     @cached_property
     def columns(self) -> Tensor:
-        """The im2col matrix (C_in * k * k, N * H_out * W_out)."""
-        k, stride, padding = self.shape.kernel_size, self.shape.stride, self.shape.padding
-        return F.unfold(self.x, k, padding=padding, stride=stride).transpose(0, 1).flatten(1).contiguous()
+        """What `im2col` returns, made once."""
+        return self.im2col()
 
     @cached_property
     def rows(self) -> Tensor:
-        """The output gradient as a matrix (C_out, N * H_out * W_out)."""
-        return self.dy.transpose(0, 1).flatten(1).contiguous()
+        """What `as_rows` returns, made once."""
+        return self.as_rows()
 
     def contenders(self, function: str) -> dict[str, Contender]:
         """Return all contenders of a function by name."""
         return {
             **{name: self._cudnn(function, name) for name in DENSE},
-            "cuBLAS im2col": self._matrices(function, self.weight.flatten(1)),
-            "cuSPARSE CSR": self._csr(function),
+            **self._products("cuBLAS", function, self._dense_product(function)),
+            **self._products("cuSPARSE", function, self._sparse_product(function)),
             **self._two_of_four(function),
             SPARSE: self.sparse(function, torch.float32),
             "sparse bf16": self.sparse(function, torch.bfloat16),
@@ -90,7 +106,7 @@ class Case:
         return Contender(lambda: call(backend, function, x, values, dy, self.plan))
 
     def _shared(self, function: str) -> dict[str, Contender]:
-        """Return the project's kernel on a layer with shared filters, where it has whole blocks of them.
+        """Return the project's kernel in both formats on a layer with shared filters, if they make whole blocks.
 
         Raises
         ------
@@ -102,10 +118,14 @@ class Case:
         values = self._shared_assignment.gather(self._unmasked).contiguous().to(self.x).bfloat16()
         x, dy, made = self.x.bfloat16(), self.dy.bfloat16(), self.shared_plan
         want = call(reference, function, x.float(), values.float(), dy.float(), made)
-        error = relative_error(call(backend, function, x, values, dy, made), want)
-        if not error <= SHARED_TOLERANCE:
-            raise WrongResult(f"{SHARED}: relative error {error:.3g} of {function}, {self.workload.name}")
-        return {SHARED: Contender(lambda: call(backend, function, x, values, dy, made), None)}
+        formats = {SHARED: (x, dy), SHARED_BATCH_LAST: (backend.as_batch_last(x), backend.as_batch_last(dy))}
+        found = {}
+        for name, (images, gradients) in formats.items():
+            error = relative_error(call(backend, function, images, values, gradients, made), want)
+            if not error <= SHARED_TOLERANCE:
+                raise WrongResult(f"{name}: relative error {error:.3g} of {function}, {self.workload.name}")
+            found[name] = Contender(partial(call, backend, function, images, values, gradients, made), None)
+        return found
 
     @cached_property
     def _shared_assignment(self) -> Assignment:
@@ -122,9 +142,15 @@ class Case:
         return kernels.plan(assignment, None, self.workload.input_shape, self.shape.stride, self.shape.padding)
 
     def _cudnn(self, function: str, name: str) -> Contender:
-        narrow = name.endswith("bf16")
-        dtype = torch.bfloat16 if narrow else torch.float32
-        layout = torch.channels_last if narrow else torch.contiguous_format
+        layouts = (torch.channels_last,) if name.endswith("bf16") else (torch.channels_last, torch.contiguous_format)
+        runs = [self._cudnn_in(layout, function, name) for layout in layouts]
+        best = fastest(runs, lambda run: run) if self.x.is_cuda else runs[0]
+        if function != "grad_values":
+            return Contender(best)
+        return Contender(best, lambda dw: self.assignment.gather(cast(Tensor, dw).contiguous().cpu()))
+
+    def _cudnn_in(self, layout: torch.memory_format, function: str, name: str) -> Callable[[], object]:
+        dtype = torch.bfloat16 if name.endswith("bf16") else torch.float32
         x, dy, w = (t.to(dtype).contiguous(memory_format=layout) for t in (self.x, self.dy, self.weight))
         geometry = ([self.shape.stride] * 2, [self.shape.padding] * 2)
         wanted = FUNCTIONS.index(function) - 1
@@ -136,34 +162,38 @@ class Case:
                 mask = [wanted == 0, wanted == 1, False]
                 return aten.convolution_backward(dy, x, w, None, *geometry, [1, 1], False, [0, 0], 1, mask)[wanted]
 
-        if function != "grad_values":
-            return Contender(run)
-        return Contender(run, lambda dw: self.assignment.gather(cast(Tensor, dw).contiguous().cpu()))
+        return run
 
-    def _matrices(self, function: str, weight: Tensor) -> Contender:
-        columns, rows = self.columns, self.rows
-        if function == "forward":
-            return Contender(lambda: weight @ columns, self._as_images)
-        if function == "grad_input":
-            return Contender(lambda: weight.t() @ rows, self._folded)
-        return Contender(
-            lambda: rows @ columns.t(),
-            lambda dw: self.assignment.gather(cast(Tensor, dw).cpu().view(self.assignment.dense_shape)),
-        )
+    def _products(self, name: str, function: str, product: Product) -> dict[str, Contender]:
+        """Return a product of matrices twice: as a convolution, and by itself."""
 
-    def _csr(self, function: str) -> Contender:
-        columns, rows, dense = self.columns, self.rows, self.weight.flatten(1)
+        def dense(dw: object) -> Tensor:
+            full = cast(Tensor, dw).to_dense().cpu().view(self.assignment.dense_shape)
+            return self.assignment.gather(full)
+
         if function == "forward":
-            csr = dense.to_sparse_csr()
-            return Contender(lambda: csr @ columns, self._as_images)
-        if function == "grad_input":
-            transposed = dense.t().contiguous().to_sparse_csr()
-            return Contender(lambda: transposed @ rows, self._folded)
-        csr = dense.to_sparse_csr()
-        return Contender(
-            lambda: torch.sparse.sampled_addmm(csr, rows, columns.t(), beta=0.0),
-            lambda dw: self.assignment.gather(cast(Tensor, dw).to_dense().cpu().view(self.assignment.dense_shape)),
-        )
+            whole = Contender(lambda: self._as_images(product(self.im2col())))
+            bare = Contender(lambda: product(self.columns), lambda y: self._as_images(cast(Tensor, y)))
+        elif function == "grad_input":
+            whole = Contender(lambda: self._folded(product(self.as_rows())))
+            bare = Contender(lambda: product(self.rows), lambda dx: self._folded(cast(Tensor, dx)))
+        else:
+            whole = Contender(lambda: product(self.im2col(), self.as_rows()), dense)
+            bare = Contender(lambda: product(self.columns, self.rows), dense)
+        return {f"{name} im2col": whole, f"{name} product": bare}
+
+    def _dense_product(self, function: str) -> Product:
+        weight = self.weight.flatten(1)
+        if function == "grad_values":
+            return lambda columns, rows: rows @ columns.t()
+        return partial(torch.matmul, weight if function == "forward" else weight.t())
+
+    def _sparse_product(self, function: str) -> Product:
+        weight = self.weight.flatten(1)
+        if function == "grad_values":
+            csr = weight.to_sparse_csr()
+            return lambda columns, rows: torch.sparse.sampled_addmm(csr, rows, columns.t(), beta=0.0)
+        return partial(torch.matmul, (weight if function == "forward" else weight.t().contiguous()).to_sparse_csr())
 
     def _two_of_four(self, function: str) -> dict[str, Contender]:
         """Return the 2:4 product in bfloat16, forward only, where the shape and the GPU allow it."""
@@ -180,12 +210,12 @@ class Case:
         # Other weights than ours, at half of the dense work: a yardstick without a result to compare.
         return {"2:4 bf16": Contender(lambda: torch.mm(compressed, columns), None)}
 
-    def _as_images(self, product: object) -> Tensor:
+    def _as_images(self, product: Tensor) -> Tensor:
         n, c, h, w = self.workload.output_shape
-        return cast(Tensor, product).view(c, n, h, w).transpose(0, 1)
+        return product.view(c, n, h, w).transpose(0, 1)
 
-    def _folded(self, product: object) -> Tensor:
-        """Return the input gradient that a product leaves in columns; not timed."""
+    def _folded(self, product: Tensor) -> Tensor:
+        """Return the input gradient that a product leaves in columns (col2im)."""
         shape, (n, _, h, w) = self.shape, self.workload.output_shape
-        columns = cast(Tensor, product).view(-1, n, h * w).transpose(0, 1)
+        columns = product.view(-1, n, h * w).transpose(0, 1)
         return F.fold(columns, shape.size, shape.kernel_size, padding=shape.padding, stride=shape.stride)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from bench.gpu.rivals import DENSE, FUNCTIONS, SHARED, SPARSE, Case
+from bench.gpu.rivals import DENSE, FUNCTIONS, SHARED, SHARED_BATCH_LAST, SPARSE, Case
 from bench.suite.workloads import RESNET18, RESNET50_POINTWISE, VGG13, Workload
 from clicktrain import timing
 from clicktrain.kernels.cuda import backend
@@ -44,7 +44,8 @@ class Row:
 
     def __str__(self) -> str:
         return f"{self.workload:42}{self.function:12}" + "".join(
-            f"{self.speedups.get(name, math.nan):13.2f}" for name in (*DENSE, "cuSPARSE CSR", SHARED)
+            f"{self.speedups.get(name, math.nan):13.2f}"
+            for name in (*DENSE, "cuSPARSE im2col", SHARED, SHARED_BATCH_LAST)
         )
 
 
@@ -61,10 +62,14 @@ def prepare(cases: Sequence[Case]) -> None:
         for dtype, candidates in ((torch.float32, None), (torch.bfloat16, 1)):
             texts += backend.units(case.plan, dtype, candidates)
         if case.shared_plan is not None:
-            texts += backend.units(case.shared_plan, torch.bfloat16)
+            for batch_last in (False, True):
+                texts += backend.units(case.shared_plan, torch.bfloat16, batch_last=batch_last)
     compile_ahead(texts)
     for case in cases:
         backend.tune(case.plan)
+        if case.shared_plan is not None:
+            for batch_last in (False, True):
+                backend.tune(case.shared_plan, torch.bfloat16, batch_last)
 
 
 @torch.inference_mode()
@@ -77,7 +82,7 @@ def measure(case: Case, rounds: int) -> list[Row]:
         assert truth.result is not None
         reference = cast(Tensor, truth.result(truth.run()))
         times = timing.compare(
-            contenders, reference, tolerance=TOLERANCE, warmup_seconds=0.02, rounds=rounds, device="cuda"
+            contenders, reference, tolerance=TOLERANCE, warmup_seconds=0.005, rounds=rounds, device="cuda"
         )
         seconds = times[SPARSE].median_ms / 1e3
         rows.append(
@@ -92,28 +97,30 @@ def measure(case: Case, rounds: int) -> list[Row]:
 
 
 def batches(limit: int | None = None) -> list[list[Workload]]:
-    """Return the workloads of each compression, at most so many in all."""
-    todo = workloads()[:limit]
-    return [[w for w in todo if w.compression == c] for c in dict.fromkeys(w.compression for w in todo)]
+    """Return the workloads, at most so many in all, by compression and network: what is compiled together."""
+    todo, found = workloads()[:limit], dict[tuple[float, str], list[Workload]]()
+    for workload in todo:
+        found.setdefault((workload.compression, workload.shape.network), []).append(workload)
+    return list(found.values())
 
 
-def measure_all(layers: Sequence[Workload], rounds: int) -> tuple[list[Row], list[str]]:
-    """Compile for some workloads at once, then measure one after the other; return the rows, and what was wrong."""
-    wrong: list[str] = []
-    start, rows, cases = time.perf_counter(), [], [Case(workload) for workload in layers]
+def measure_all(layers: Sequence[Workload], rounds: int, end: float) -> Iterator[list[Row] | str]:
+    """Compile for some workloads at once, then yield the rows of each, or what was wrong with it.
+
+    Stops when `time.perf_counter()` reaches `end`.
+    """
+    start, cases = time.perf_counter(), [Case(workload) for workload in layers]
     prepare(cases)
-    print(f"compiled and chose for {len(cases)} layers, {time.perf_counter() - start:.0f} s")
-    while cases:
+    print(f"compiled and chose for {len(cases)} layers, {time.perf_counter() - start:.0f} s", flush=True)
+    while cases and time.perf_counter() < end:
         try:
-            made = measure(cases.pop(0), rounds)
+            rows = measure(cases.pop(0), rounds)
+            print(*rows, sep="\n", flush=True)
+            yield rows
         except timing.WrongResult as error:
-            wrong.append(str(error))
-            print(wrong[-1], flush=True)
-            continue
-        print(*made, sep="\n", flush=True)
-        rows += made
+            print(error, flush=True)
+            yield str(error)
         torch.cuda.empty_cache()
-    return rows, wrong
 
 
 def summary(rows: Sequence[Row], ceilings: Mapping[str, float]) -> dict[str, dict[str, float]]:
@@ -129,10 +136,12 @@ def summary(rows: Sequence[Row], ceilings: Mapping[str, float]) -> dict[str, dic
         means["share of the FP32 rate"] = _mean([row.gflops for row in these]) / ceilings["fp32_gflops"]
         means["share of copy bandwidth"] = _mean([row.gigabytes_per_second for row in these]) / ceilings["copy_gbps"]
         means["best layer, cuDNN fp32"] = max(row.speedups["cuDNN fp32"] for row in these)
-        means["worst layer, cuSPARSE CSR"] = min(row.speedups["cuSPARSE CSR"] for row in these)
-        shared = [row.speedups[DENSE[-1]] / row.speedups[SHARED] for row in these if SHARED in row.speedups]
-        if shared:
-            means[f"{SHARED} over {DENSE[-1]}"] = _mean(shared)
+        for name in ("cuSPARSE im2col", "cuSPARSE product"):
+            means[f"worst layer, {name}"] = min(row.speedups[name] for row in these)
+        for name in (SHARED, SHARED_BATCH_LAST):
+            shared = [row.speedups[DENSE[-1]] / row.speedups[name] for row in these if name in row.speedups]
+            if shared:
+                means[f"{name} over {DENSE[-1]}"] = _mean(shared)
         found[f"{key[0]} {key[1]:g}x"] = means
     return found
 

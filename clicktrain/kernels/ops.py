@@ -154,8 +154,10 @@ torch.library.register_autograd(_NAME, _backward, setup_context=_setup_context)
 torch.library.register_autocast(_NAME, "cpu", torch.float32)
 torch.library.register_autocast(_NAME, "cuda", torch.float32)
 
-Key = tuple[int, PatternPool, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-_plans: MutableMapping[Tensor, dict[Key, Plan]] = WeakIdKeyDictionary()  # assignment tensor -> {Key: Plan}
+Key = tuple[int, int, int, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+_plans: MutableMapping[Tensor, dict[Key, tuple[Tensor, Plan]]] = WeakIdKeyDictionary()
+"""Assignment tensor -> versions, identity of the pool tensor, shape, stride, padding -> pool tensor (so that no other
+has its identity) and plan."""
 _pools: MutableMapping[Tensor, tuple[int, PatternPool]] = WeakIdKeyDictionary()  # pool tensor -> (version, PatternPool)
 
 
@@ -167,12 +169,14 @@ def plan_of(
     padding: Sequence[int],
 ) -> Plan:
     """Find the plan of an assignment tensor: by identity and version, which is quick, else by content."""
-    patterns = _pool(pool)
-    key: Key = (assignment._version, patterns, tuple(input_shape), tuple(stride), tuple(padding))
-    known = _plans.setdefault(assignment, {})
+    shapes = tuple(input_shape), tuple(stride), tuple(padding)
+    key: Key = (assignment._version, id(pool), pool._version, *shapes)
+    known = _plans.get(assignment)
+    if known is None:
+        known = _plans[assignment] = {}
     if key not in known:
-        known[key] = plan(assignment, *key[1:])  # type: ignore[arg-type]
-    return known[key]
+        known[key] = pool, plan(assignment, _pool(pool), *shapes)  # type: ignore[arg-type]
+    return known[key][1]
 
 
 def _pool(masks: Tensor) -> PatternPool:

@@ -15,11 +15,12 @@ import torch
 import clicktrain
 from bench.gpu import __main__ as gpu
 from bench.gpu import checks, table
-from bench.gpu.rivals import DENSE, FUNCTIONS, SHARED, SPARSE, Case
+from bench.gpu.rivals import DENSE, FUNCTIONS, SHARED, SHARED_BATCH_LAST, SPARSE, Case
 from bench.gpu.training import METHODS, MaskedDense, train
 from bench.suite.workloads import LayerShape, Workload
 from clicktrain.kernels import backends, reference
 from clicktrain.kernels.cuda import backend, launch
+from clicktrain.kernels.cuda.tensor import is_batch_last
 from clicktrain.kernels.cuda.tiling import Limits
 from clicktrain.timing import WrongResult, relative_error
 from tests.kernels.cuda.configurations import CONFIGURATIONS
@@ -44,7 +45,8 @@ def test_every_contender_computes_the_same(function, tmp_path_factory):
     with on_host(HostLauncher(tmp_path_factory.mktemp("units"))), CONFIGURATIONS["squares"].used():
         case = Case(workload, "cpu")
         contenders = case.contenders(function)
-        assert {*DENSE, "cuBLAS im2col", "cuSPARSE CSR", SPARSE, "sparse bf16"} == set(contenders)
+        products = {f"{name} {kind}" for name in ("cuBLAS", "cuSPARSE") for kind in ("im2col", "product")}
+        assert {*DENSE, *products, SPARSE, "sparse bf16"} == set(contenders)
         results = {name: contender.result(contender.run()) for name, contender in contenders.items()}
     exact = [t.double() for t in (case.x, case.values, case.dy)]
     truth = {
@@ -63,13 +65,18 @@ def test_shared_filters_are_a_contender_checked_by_itself(function, tmp_path_fac
     workload = Workload(LayerShape("test", "5-32x4", 5, 32, (4, 4)), batch=8, compression=3.0)
     with on_host(HostLauncher(tmp_path_factory.mktemp("units"), Limits(48 << 10, 4, 4))) as launcher:
         case = Case(workload, "cpu")
-        contender = case._shared(function)[SHARED]
-        assert contender.result is None
+        contenders = case._shared(function)
+        assert [contender.result for contender in contenders.values()] == [None, None]
         assert all("tensor_" in text for text in launcher.texts)
+        assert {text.count("BATCH_LAST = 1;") for text in launcher.texts} == {0, 1}
         right = getattr(backend, function)
-        monkeypatch.setattr(backend, function, lambda *operands: right(*operands) * 1.1)
-        with pytest.raises(WrongResult, match=f"shared bf16: relative error 0.* of {function}"):
-            case._shared(function)
+        for name, wrong in ((SHARED, False), (SHARED_BATCH_LAST, True)):
+            monkeypatch.setattr(
+                backend, function,
+                lambda *operands, wrong=wrong: right(*operands) * (1.1 if is_batch_last(operands[0]) == wrong else 1),
+            )  # fmt: skip
+            with pytest.raises(WrongResult, match=f"{name}: relative error 0.* of {function}"):
+                case._shared(function)
 
 
 def test_shared_assignments_keep_as_many_kernels():
@@ -135,7 +142,15 @@ CEILINGS = {"fp32_gflops": 100.0, "copy_gbps": 50.0}
 
 def test_the_summary_is_geometric_means_over_layers():
     rows = [
-        table.Row(f"layer {s}", "forward", 8.0, {"cuDNN fp32": s, "cuSPARSE CSR": 2 * s}, s, 1.0, [])
+        table.Row(
+            f"layer {s}",
+            "forward",
+            8.0,
+            {"cuDNN fp32": s, "cuSPARSE im2col": 3 * s, "cuSPARSE product": 2 * s},
+            s,
+            1.0,
+            [],
+        )
         for s in (2.0, 8.0)
     ]
     found = table.summary(rows, CEILINGS)["forward 8x"]
@@ -143,21 +158,24 @@ def test_the_summary_is_geometric_means_over_layers():
     assert found["share of the FP32 rate"] == pytest.approx(0.04)
     assert found["share of copy bandwidth"] == pytest.approx(0.02)
     assert found["best layer, cuDNN fp32"] == 8.0
-    assert found["worst layer, cuSPARSE CSR"] == 4.0
+    assert (found["worst layer, cuSPARSE im2col"], found["worst layer, cuSPARSE product"]) == (6.0, 4.0)
     assert "shared bf16 over cuDNN bf16" not in found
     rows = [
         table.Row(
             f"layer {s}",
             "forward",
             8.0,
-            {"cuDNN fp32": 1.0, "cuSPARSE CSR": 1.0, "cuDNN bf16": 1.0, SHARED: s},
+            dict.fromkeys(("cuDNN fp32", "cuDNN bf16", "cuSPARSE im2col", "cuSPARSE product"), 1.0)
+            | {SHARED: s, SHARED_BATCH_LAST: s / 2},
             1.0,
             1.0,
             [],
         )
         for s in (0.5, 0.125)
     ]
-    assert table.summary(rows, CEILINGS)["forward 8x"]["shared bf16 over cuDNN bf16"] == pytest.approx(4.0)
+    found = table.summary(rows, CEILINGS)["forward 8x"]
+    assert found["shared bf16 over cuDNN bf16"] == pytest.approx(4.0)
+    assert found["shared bf16, batch last over cuDNN bf16"] == pytest.approx(8.0)
 
 
 def test_the_table_has_every_layer_and_compression():
@@ -173,20 +191,32 @@ def test_the_sanitizer_says_when_it_was_not_run(monkeypatch):
     assert gpu.sanitize("memcheck", 3.0) == "not run: the time was over"
 
 
-@pytest.mark.parametrize(("seconds", "measured"), [(1000.0, 4), (-1.0, 1)])
-def test_the_first_compression_and_training_come_first_and_the_rest_as_time_allows(
-    seconds, measured, monkeypatch, tmp_path
-):
+def test_layers_are_measured_by_importance_and_kept_as_the_time_allows(monkeypatch, tmp_path):
     done, out = [], tmp_path / "gpu.json"
-    monkeypatch.setattr(table, "measure_all", lambda layers, rounds: done.append(layers[0].compression) or ([], []))
-    monkeypatch.setattr(gpu, "training", lambda options, seconds: done.append("training") or ["a run"])
-    report = {"rows": [], "wrong": [], "left_out": [], "summary": {}, "training": [], "ceilings": CEILINGS}
-    gpu.measure(report, gpu._options(["--out", str(out)]), time.perf_counter() + seconds)
-    assert done[:2] == [8.0, "training"]
-    assert len(done) == measured + 1
-    assert len(report["left_out"]) == (4 - measured) * len(table.batches()[0])
-    assert report["training"] == ["a run"]
-    assert json.loads(out.read_text())["ceilings"] == CEILINGS
+    names = [workload.name for workload in table.workloads()]
+    speedups = dict.fromkeys(("cuDNN fp32", "cuDNN bf16", "cuSPARSE im2col", "cuSPARSE product"), 2.0)
+
+    def measured(layers, rounds, end):
+        for layer in layers[: 9 - len(done)]:
+            done.append(layer.name)
+            row = table.Row(layer.name, "forward", layer.compression, speedups, 1.0, 1.0, [])
+            yield "the second is wrong" if len(done) == 2 else [row]
+
+    monkeypatch.setattr(table, "measure_all", measured)
+    report = {"rows": [], "wrong": [], "left_out": [], "summary": {}, "ceilings": CEILINGS}
+    gpu.measure(report, gpu._options(["--out", str(out)]), time.perf_counter() + 1000)
+    assert done == names[:9]
+    assert [row["workload"] for row in report["rows"]] == [names[0], *names[2:9]]
+    assert report["wrong"] == ["the second is wrong"]
+    assert report["left_out"] == names[9:]
+    assert json.loads(out.read_text())["summary"]["forward 8x"]["cuDNN fp32"] == pytest.approx(2.0)
+
+
+def test_nothing_is_compiled_when_the_time_is_over(monkeypatch):
+    monkeypatch.setattr(table, "measure_all", lambda *arguments: pytest.fail("the time was over"))
+    report = {"rows": [], "wrong": [], "left_out": [], "summary": {}, "ceilings": CEILINGS}
+    gpu.measure(report, gpu._options([]), time.perf_counter() - 1)
+    assert len(report["left_out"]) == len(table.workloads())
 
 
 def test_the_report_names_the_sources(tmp_path, monkeypatch):

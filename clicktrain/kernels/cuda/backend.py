@@ -2,6 +2,11 @@
 
 Where blocks of 16 filters share channels and patterns, tensor cores serve 16-bit operands; see `tensor.applies`.
 
+Formats. Images are NCHW, and so are results. Tensor cores also take images batch last, that is in memory as
+[C][H][W][N] (`as_batch_last`, an ordinary tensor (N, C, H, W) with other strides), and then give results batch last:
+that is faster, as channels_last is for cuDNN. Where they do not serve, N is not a multiple of 8 or operands differ in
+format, operands are copied into NCHW.
+
 Results are the same bits from call to call on one device: sums have a fixed order, there are no atomics.
 """
 
@@ -9,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Literal
 from weakref import WeakKeyDictionary
@@ -21,16 +26,19 @@ from torch import Tensor
 
 from clicktrain.errors import InvalidArgument
 from clicktrain.kernels.cpu.layer import Layer
-from clicktrain.kernels.cuda import codegen, layout, tiling, tuning
+from clicktrain.kernels.cuda import codegen, gradient_tiling, layout, tiling, tuning
 from clicktrain.kernels.cuda import tensor as tensor_cores
 from clicktrain.kernels.cuda.codegen import ConvolutionSpec, Dtype, GradientSpec
 from clicktrain.kernels.cuda.launch import CupyLauncher, Launcher, available
 from clicktrain.kernels.cuda.region import LANES, Region, groups
+from clicktrain.kernels.cuda.tensor import as_batch_last, is_batch_last
+from clicktrain.kernels.cuda.tensor_text import IMAGES
 from clicktrain.kernels.cuda.tuning import choices, use_choices
 from clicktrain.kernels.plan import Plan
 
 __all__ = [
-    "available", "choices", "forward", "forward_fused", "grad_input", "grad_values", "tune", "units", "use_choices",
+    "as_batch_last", "available", "choices", "forward", "forward_fused", "grad_input", "grad_values", "tune", "units",
+    "use_choices",
 ]  # fmt: skip
 
 DTYPES: dict[torch.dtype, Dtype] = {
@@ -49,7 +57,7 @@ class Epilogue:
     scale, shift : Tensor or None, (C_out,) float32
         None: 1 and 0.
     residual : Tensor or None, (N, C_out, H_out, W_out)
-        Of x's type; None: 0.
+        Of x's type, in x's format if not NCHW; None: 0.
     relu : bool
         Whether negative results become 0.
     """
@@ -64,7 +72,7 @@ NO_EPILOGUE = Epilogue()
 
 
 def forward(x: Tensor, values: Tensor, plan: Plan) -> Tensor:
-    """Convolve x (N, C_in, H, W) with values (kept_kernels, entries); returns (N, C_out, H_out, W_out).
+    """Convolve x (N, C_in, H, W) with values (kept_kernels, entries); returns (N, C_out, H_out, W_out), in x's format.
 
     Raises
     ------
@@ -76,24 +84,32 @@ def forward(x: Tensor, values: Tensor, plan: Plan) -> Tensor:
 
 def forward_fused(x: Tensor, values: Tensor, plan: Plan, epilogue: Epilogue) -> Tensor:
     """As `forward`, with an epilogue on the sums in float32; for inference, not differentiable."""
-    x, values = _operands(("x", x, plan.input_shape), ("values", values, plan.values_shape))
+    _check_operands(("x", x, plan.input_shape), ("values", values, plan.values_shape))
     if epilogue is not NO_EPILOGUE:
         _check_epilogue(epilogue, x, plan)
-    return _runtime(plan, x).forward.run(x, values, plan.output_shape, epilogue)
+    runtime = _runtime(plan, x)
+    if epilogue.residual is not None and not runtime.batch_last:
+        epilogue = replace(epilogue, residual=epilogue.residual.contiguous())
+    return runtime.forward.run(runtime.arranged(x), values.contiguous(), plan.output_shape, epilogue)
 
 
 def grad_input(dy: Tensor, values: Tensor, plan: Plan) -> Tensor:
-    """Return the gradient (N, C_in, H, W) of the input for dy (N, C_out, H_out, W_out); raises as `forward`."""
-    dy, values = _operands(("dy", dy, plan.output_shape), ("values", values, plan.values_shape))
-    return _runtime(plan, dy).grad_input.run(dy, values, plan.input_shape, NO_EPILOGUE)
+    """Return the gradient (N, C_in, H, W) of the input for dy (N, C_out, H_out, W_out), in dy's format.
+
+    Raises as `forward`.
+    """
+    _check_operands(("dy", dy, plan.output_shape), ("values", values, plan.values_shape))
+    runtime = _runtime(plan, dy)
+    return runtime.grad_input.run(runtime.arranged(dy), values.contiguous(), plan.input_shape, NO_EPILOGUE)
 
 
 def grad_values(x: Tensor, dy: Tensor, plan: Plan) -> Tensor:
     """Return the gradient (kept_kernels, entries) of the values; raises as `forward`."""
-    x, dy = _operands(("x", x, plan.input_shape), ("dy", dy, plan.output_shape))
+    _check_operands(("x", x, plan.input_shape), ("dy", dy, plan.output_shape))
     if not plan.input_shape[0] or not plan.values_shape[0]:
         return x.new_zeros(plan.values_shape)
-    return _runtime(plan, x).gradient.run(x, dy, plan.values_shape)
+    runtime = _runtime(plan, x, dy)
+    return runtime.gradient.run(runtime.arranged(x), runtime.arranged(dy), plan.values_shape)
 
 
 launcher: Launcher = CupyLauncher()
@@ -109,6 +125,7 @@ class Convolution:
         self.layer, self.images = layer, images
         self.spec = spec or tuning.convolution_spec(layer, images, dtype, launcher.limits(device))
         self.text = codegen.unit(self.spec)
+        self._fused_text = codegen.unit(replace(self.spec, fused=True))
         made = layout.program(layer, self.spec)
         self._words, self._bounds = _on(made.words, device), _on(made.bounds, device)
         self._channels = _on(made.channels, device)
@@ -126,8 +143,9 @@ class Convolution:
         if not y.numel():
             return y
         layer, spec = self.layer, self.spec
+        text = self.text if epilogue is NO_EPILOGUE else self._fused_text
         launcher.launch(
-            self.text, "convolve", self._regions * self._filter_blocks, spec.warps * LANES, self._shared,
+            text, "convolve", self._regions * self._filter_blocks, spec.warps * LANES, self._shared,
             (
                 x, values, y, self._words, self._gather, self._bounds, self._channels, self._filter_of_slot,
                 epilogue.scale, epilogue.shift, epilogue.residual, int(epilogue.relu), self.images, layer.channels,
@@ -157,7 +175,8 @@ class Gradient:
         patches = -(-images // self.spec.images)
         self._regions = groups(self.spec.x.lanes, tiling.tile_count(layer.out_size, self.spec.tile), patches)
         self._grid = _grid(layer, self.spec.tile, self.spec.x)
-        self._splits = tiling.splits(self._piece_count, self._regions, self.spec.resident, limits)
+        self._shared = gradient_tiling.shared_bytes(self.spec)
+        self._splits = gradient_tiling.splits(self._piece_count, self._regions, self.spec.resident, limits)
 
     def run(self, x: Tensor, dy: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Return the gradient, of the given shape (kept_kernels, entries)."""
@@ -165,8 +184,7 @@ class Gradient:
         partial = torch.empty(self._splits * count, dtype=torch.float32, device=x.device)
         dvalues = torch.empty(shape, dtype=x.dtype, device=x.device)
         launcher.launch(
-            self.text, "gradient", self._piece_count * self._splits, spec.warps * LANES,
-            tiling.gradient_shared_bytes(spec),
+            self.text, "gradient", self._piece_count * self._splits, spec.warps * LANES, self._shared,
             (
                 x, dy, partial, self._tasks, self._pieces, self.images, layer.channels, *layer.in_size, layer.filters,
                 *layer.out_size, *self._grid, self._regions, self._piece_count,
@@ -185,12 +203,23 @@ def _grid(layer: Layer, tile: tuple[int, int], region: Region) -> tuple[int, int
 
 
 class Runtime:
-    """The passes of a plan for one type on one device, each laid out on its first use."""
+    """The passes of a plan for one type and format on one device, each laid out on its first use."""
 
-    def __init__(self, plan: Plan, dtype: Dtype, device: torch.device) -> None:
+    def __init__(self, plan: Plan, dtype: Dtype, device: torch.device, batch_last: bool = False) -> None:
         self._layers = Layer.forward(plan), Layer.transposed(plan)
         self._rest = plan.input_shape[0], dtype, device
-        self._for_tensor_cores = (plan, dtype, device, launcher) if tensor_cores.applies(plan, dtype, device) else None
+        served = tensor_cores.applies(plan, dtype, device)
+        self.batch_last = batch_last and served and plan.input_shape[0] % IMAGES == 0
+        self._for_tensor_cores = (plan, dtype, device, launcher, self.batch_last) if served else None
+
+    @property
+    def on_tensor_cores(self) -> bool:
+        """Whether tensor cores serve."""
+        return self._for_tensor_cores is not None
+
+    def arranged(self, images: Tensor) -> Tensor:
+        """Return images in the format that the passes take."""
+        return images if self.batch_last else images.contiguous()
 
     @cached_property
     def forward(self) -> Convolution | tensor_cores.Forward:
@@ -214,12 +243,12 @@ class Runtime:
         return Gradient(self._layers[0], *self._rest)
 
 
-_runtimes: WeakKeyDictionary[Plan, dict[tuple[Dtype, torch.device], Runtime]] = WeakKeyDictionary()
+_runtimes: WeakKeyDictionary[Plan, dict[tuple[Dtype, torch.device, bool], Runtime]] = WeakKeyDictionary()
 
 
-def _runtime(plan: Plan, operand: Tensor) -> Runtime:
+def _runtime(plan: Plan, *images: Tensor) -> Runtime:
     known = _runtimes.setdefault(plan, {})
-    key = (DTYPES[operand.dtype], operand.device)
+    key = (DTYPES[images[0].dtype], images[0].device, all(map(is_batch_last, images)))
     if key not in known:
         _check_size(plan)
         known[key] = Runtime(plan, *key)
@@ -232,17 +261,22 @@ def forget() -> None:
     tuning.forget()
 
 
-def tune(made: Plan, dtype: torch.dtype = torch.float32) -> None:
+def tune(made: Plan, dtype: torch.dtype = torch.float32, batch_last: bool = False) -> None:
     """Measure on the current device in which way each pass of a plan is fastest, and do it that way from now on.
 
     The result is kept on disk. Compiling takes seconds for each pass that was not measured before; `units` and
-    `launch.compile_ahead` do it for many plans at once.
+    `launch.compile_ahead` do it for many plans at once. `batch_last` is the format of the images that will come.
     """
     device = torch.device("cuda", torch.cuda.current_device())
-    if tensor_cores.applies(made, DTYPES[dtype], device):
-        return  # they have one way
     shapes = made.input_shape, made.values_shape, made.output_shape
     x, values, dy = (torch.randn(shape, device=device).to(dtype) for shape in shapes)
+    runtime = Runtime(made, DTYPES[dtype], device, batch_last)
+    if runtime.on_tensor_cores:
+        if runtime.batch_last:
+            x, dy = as_batch_last(x), as_batch_last(dy)
+        tensor_cores.tune(made, DTYPES[dtype], launcher, (x, values, dy), NO_EPILOGUE)
+        _runtimes.pop(made, None)
+        return
     layers = Layer.forward(made), Layer.transposed(made)
     context = made.input_shape[0], DTYPES[dtype], launcher.limits(device)
 
@@ -255,21 +289,24 @@ def tune(made: Plan, dtype: torch.dtype = torch.float32) -> None:
     convolution(layers[0], x, made.output_shape)
     convolution(layers[1], dy, made.input_shape)
     tuning.tune(
-        GradientSpec, layers[0], *context, tiling.gradient_candidates,
+        GradientSpec, layers[0], *context, gradient_tiling.candidates,
         lambda spec: partial(Gradient(layers[0], *context[:2], device, spec).run, x, dy, made.values_shape),
     )  # fmt: skip
     _runtimes.pop(made, None)
 
 
-def units(made: Plan, dtype: torch.dtype = torch.float32, candidates: int | None = None) -> list[str]:
+def units(
+    made: Plan, dtype: torch.dtype = torch.float32, candidates: int | None = None, batch_last: bool = False
+) -> list[str]:
     """Return the texts among which `tune` chooses, to be compiled ahead; or so many of each pass, the likeliest."""
     name, images, device = DTYPES[dtype], made.input_shape[0], torch.device("cuda", torch.cuda.current_device())
     limits = launcher.limits(device)
-    if tensor_cores.applies(made, name, device):
-        return tensor_cores.units(made, name, limits)
+    runtime = Runtime(made, name, device, batch_last)
+    if runtime.on_tensor_cores:
+        return tensor_cores.units(made, name, limits, candidates, runtime.batch_last)
     layers = Layer.forward(made), Layer.transposed(made)
     convolutions = [spec for layer in layers for spec in tuning.likely(layer, images, name, limits)[:candidates]]
-    gradients = tiling.gradient_candidates(layers[0], images, name, limits)[:candidates]
+    gradients = gradient_tiling.candidates(layers[0], images, name, limits)[:candidates]
     return [codegen.unit(spec) for spec in convolutions] + [codegen.unit(spec) for spec in gradients]
 
 
@@ -281,8 +318,7 @@ DEVICE_TYPE: Literal["cuda", "cpu"] = "cuda"
 """Where operands have to be; the tests run the kernels on the CPU."""
 
 
-def _operands(*operands: tuple[str, Tensor, tuple[int, ...]]) -> list[Tensor]:
-    """Return the operands, contiguous."""
+def _check_operands(*operands: tuple[str, Tensor, tuple[int, ...]]) -> None:
     for name, tensor, shape in operands:
         if tensor.device.type != DEVICE_TYPE:
             raise InvalidArgument(f"{name} is on {tensor.device}: the cuda backend computes on cuda tensors")
@@ -297,7 +333,6 @@ def _operands(*operands: tuple[str, Tensor, tuple[int, ...]]) -> list[Tensor]:
             f"{name} is {first.dtype} on {first.device}, {other} {second.dtype} on {second.device}: "
             "expected one type and one device"
         )
-    return [first.contiguous(), second.contiguous()]
 
 
 def _check_size(plan: Plan) -> None:
@@ -323,5 +358,5 @@ def _check_epilogue(epilogue: Epilogue, x: Tensor, plan: Plan) -> None:
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}: "
                 f"expected {dtype} {shape} on {x.device}"
             )
-        if not tensor.is_contiguous():
+        if not (tensor.is_contiguous() or is_batch_last(tensor)):
             raise InvalidArgument(f"{name} has strides {tensor.stride()}: expected a contiguous tensor")

@@ -1,14 +1,16 @@
 """Writes the text of a CUDA unit: constants, the kernels of a .cuh file, and straight-line code for a pool's patterns.
 
 `render` is pure: equal specifications give equal text. Taps are compile-time constants, so each input value is loaded
-once for all the taps that use it, and taps that would read padding are left out where that is known.
+once for all the taps that use it, and taps that would read padding are left out where that is known. Patterns that are
+one another moved have one code between them: see `Shapes`.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -20,6 +22,43 @@ ELEMENTS = {"float32": "float", "float16": "half16", "bfloat16": "bfloat16"}
 
 Pair = tuple[int, int]
 Dtype = Literal["float32", "float16", "bfloat16"]
+
+
+Reads = tuple[int | None, ...]
+"""Words of a window, from its corner, that output pixels and entries need, in some order; None: padding."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Patterns, as far as code can tell them apart: patterns that read the same words, moved, share a shape.
+
+    The four squares of the official pool are one shape. So a warp seldom changes from one code to another, and all code
+    stays in the instruction cache.
+
+    Attributes
+    ----------
+    reads : tuple of tuple of (int or None)
+        Of each shape, with 0 as the first word.
+    of_pattern, moved : tuple of int
+        Shape of each pattern, and by how many words it is moved.
+    """
+
+    reads: tuple[Reads, ...]
+    of_pattern: tuple[int, ...]
+    moved: tuple[int, ...]
+
+    @classmethod
+    def of(cls, patterns: tuple[tuple[int, ...], ...], reads: Callable[[tuple[int, ...]], Reads]) -> Shapes:
+        """Return the shapes of patterns whose words `reads` gives."""
+        shapes: dict[Reads, int] = {}
+        of_pattern, moved = [], []
+        for pattern in patterns:
+            words = reads(pattern)
+            first = min((word for word in words if word is not None), default=0)
+            shape = tuple(None if word is None else word - first for word in words)
+            of_pattern.append(shapes.setdefault(shape, len(shapes)))
+            moved.append(first)
+        return cls(tuple(shapes), tuple(of_pattern), tuple(moved))
 
 
 @dataclass(frozen=True)
@@ -55,6 +94,8 @@ class ConvolutionSpec:
         Columns that are written at once.
     plane : int
         Pixels of a channel of the input, where the code is for this size only; 0: told at launch.
+    fused : bool
+        Whether the sums are scaled, shifted, added to and cut off before they are written.
     """
 
     dtype: Dtype
@@ -74,6 +115,7 @@ class ConvolutionSpec:
     resident: int
     vector: int
     plane: int = 0
+    fused: bool = False
 
     @property
     def entries(self) -> int:
@@ -100,6 +142,21 @@ class ConvolutionSpec:
             place.append(window)
         return (place[0], place[1])
 
+    @cached_property
+    def shapes(self) -> Shapes:
+        """The shapes of the patterns, entries slowest, for one image of a patch."""
+
+        def words(pattern: tuple[int, ...]) -> Reads:
+            places = (self.reads(tap, *pixel) for tap, pixel in product(pattern, self.pixels))
+            return tuple(None if place is None else self.region.offset(0, *place) for place in places)
+
+        return Shapes.of(self.patterns, words)
+
+    @property
+    def pixels(self) -> list[Pair]:
+        """Rows and columns of the output pixels of a patch, in one image."""
+        return list(product(range(self.tile[0]), range(self.tile[1])))
+
 
 @dataclass(frozen=True)
 class GradientSpec:
@@ -110,7 +167,7 @@ class GradientSpec:
     tasks : int
         Tasks of a warp.
     task_kernels : int
-        Kernels of a task: they have a channel in common.
+        Most kernels of a task: they have a filter in common.
     tile : (int, int)
         Rows and columns of a patch; they divide the output's.
     x, dy : Region
@@ -121,8 +178,9 @@ class GradientSpec:
         Filters and channels that a block has in shared memory.
     resident : int
         Blocks that a multiprocessor has registers and shared memory for.
-    planes : (int, int)
-        Pixels of a channel of x and of dy, where the code is for this size only; 0: told at launch.
+    planes, grid : (int, int)
+        Pixels of a channel of x and of dy, and regions along the rows and columns of an image, where the code is for
+        this size only; 0: told at launch.
     """
 
     dtype: Dtype
@@ -139,6 +197,7 @@ class GradientSpec:
     channels: int
     resident: int
     planes: Pair = (0, 0)
+    grid: Pair = (0, 0)
 
     @property
     def entries(self) -> int:
@@ -150,10 +209,24 @@ class GradientSpec:
         """Images of a patch."""
         return self.x.images
 
-    def reads(self, tap: Pair, row: int, column: int) -> Pair:
-        """Return the window pixel that meets an output pixel at a tap."""
-        (down, right), (step_rows, step_columns) = tap, self.x.step
-        return row * step_rows // self.tile[0] + down, column * step_columns // self.tile[1] + right
+    @cached_property
+    def shapes(self) -> Shapes:
+        """The shapes of the patterns, entries slowest."""
+        stride = self.x.step[0] // self.tile[0], self.x.step[1] // self.tile[1]
+
+        def words(pattern: tuple[int, ...]) -> Reads:
+            taps = (divmod(tap, self.kernel_size) for tap in pattern)
+            return tuple(
+                self.x.offset(0, row * stride[0] + down, column * stride[1] + right)
+                for (down, right), (row, column) in product(taps, self.pixels)
+            )
+
+        return Shapes.of(self.patterns, words)
+
+    @property
+    def pixels(self) -> list[Pair]:
+        """Rows and columns of the output pixels of a patch, in one image."""
+        return list(product(range(self.tile[0]), range(self.tile[1])))
 
     @property
     def task_words(self) -> int:
@@ -198,7 +271,7 @@ def _convolution_constants(spec: ConvolutionSpec) -> dict[str, int]:
         "IMAGES": spec.images, "TILE_ROWS": spec.tile[0], "TILE_COLUMNS": spec.tile[1],
         "SUMS": spec.slots * spec.images * spec.tile[0] * spec.tile[1], "START_ROW": spec.start[0],
         "START_COLUMN": spec.start[1], "CHANNELS": spec.channels, "CHANNEL_WORDS": spec.region.words,
-        "VECTOR": spec.vector, "PLANE": spec.plane, **spec.region.constants(),
+        "VECTOR": spec.vector, "PLANE": spec.plane, "FUSED": int(spec.fused), **spec.region.constants(),
     }  # fmt: skip
 
 
@@ -213,14 +286,15 @@ def _gradient_constants(spec: GradientSpec) -> dict[str, int]:
         "TILE_COLUMNS": spec.tile[1], "START_ROW": spec.start[0], "START_COLUMN": spec.start[1],
         "FILTERS": spec.filters, "CHANNELS": spec.channels, "CHANNEL_WORDS": spec.x.words,
         "FILTER_WORDS": spec.dy.words, "PLANE": spec.planes[0],
-        "DY_PLANE": spec.planes[1], "DY_VECTOR": spec.dy.vector, **spec.x.constants(),
+        "DY_PLANE": spec.planes[1], "DY_VECTOR": spec.dy.vector, "REGIONS_ROWS": spec.grid[0],
+        "REGIONS_COLUMNS": spec.grid[1], **spec.x.constants(),
         **{f"DY_{name}": value for name, value in spec.dy.constants().items() if name in _OF_DY},
     }  # fmt: skip
 
 
 def _sweep(spec: ConvolutionSpec) -> list[str]:
-    """Return the function that walks through a warp's program: runs of one pattern and one set of slots."""
-    kinds = product(spec.patterns, spec.sets)
+    """Return the function that walks through a warp's program: runs of one shape and one set of slots."""
+    kinds = [_kind(reads, slots, spec) for reads, slots in product(spec.shapes.reads, spec.sets)]
     return [
         "__device__ __forceinline__ void sweep(const float* corner, const int* program, const float* weight,",
         "                                      float (&sum)[SUMS]) {",
@@ -228,82 +302,87 @@ def _sweep(spec: ConvolutionSpec) -> list[str]:
         "  for (int place, run = *program++; run >= 0; run = place) {",
         "    int count = run >> 16;",
         "    place = *program++;",
-        "    switch (run & 0xffff) {",
-        *(line for kind, (pattern, slots) in enumerate(kinds) for line in _run(kind, pattern, slots, spec)),
-        "    }",
+        *_switch("run & 0xffff", kinds),
         "  }",
         "}",
         "",
     ]
 
 
-def _run(kind: int, pattern: tuple[int, ...], slots: tuple[int, ...], spec: ConvolutionSpec) -> list[str]:
-    entries = len(pattern)
-    packing = next(width for width in (4, 2, 1) if entries % width == 0)
-    uses: dict[tuple[int, int, int], list[str]] = {}
-    for image, (number, slot), entry, row, column in product(
-        range(spec.images), enumerate(slots), range(entries), range(spec.tile[0]), range(spec.tile[1])
+def _switch(kind: str, cases: Sequence[Sequence[str]]) -> list[str]:
+    """Return code that does one of the cases; without a question where there is one."""
+    if len(cases) == 1:
+        return [*cases[0]]
+    numbered = (line for number, case in enumerate(cases) for line in (f"case {number}:", *case, "break;"))
+    return [f"switch ({kind}) {{", *numbered, "}"]
+
+
+def _kind(reads: Reads, slots: tuple[int, ...], spec: ConvolutionSpec) -> list[str]:
+    """Return the loop over the records of a run."""
+    packing = next(width for width in (4, 2, 1) if spec.entries % width == 0)
+    uses: dict[int, list[str]] = {}
+    of_image, pixels = spec.region.offset(1, 0, 0), len(spec.pixels)
+    for image, (number, slot), (entry, pixel) in product(
+        range(spec.images), enumerate(slots), product(range(spec.entries), range(pixels))
     ):
-        place = spec.reads(pattern[entry], row, column)
-        if place is None:
+        read = reads[entry * pixels + pixel]
+        if read is None:
             continue
-        target = ((slot * spec.images + image) * spec.tile[0] + row) * spec.tile[1] + column
-        word, item = divmod(number * entries + entry, packing)
-        uses.setdefault((image, *place), []).append(f"sum[{target}] += w{word}.items[{item}] * v;")
-    words = len(slots) * entries // packing
+        target = (slot * spec.images + image) * pixels + pixel
+        word, item = divmod(number * spec.entries + entry, packing)
+        uses.setdefault(image * of_image + read, []).append(f"sum[{target}] += w{word}.items[{item}] * v;")
+    words = len(slots) * spec.entries // packing
     return [
-        f"      case {kind}:",
-        "        do {",
-        "          const float* window = corner + place;",
-        "          place = *program++;",
-        *(f"          const Packed<float, {packing}> w{i} = load_packed<{packing}>(weight + {i * packing});"
+        "do {",
+        "  const float* window = corner + place;",
+        "  place = *program++;",
+        *(f"  const Packed<float, {packing}> w{i} = load_packed<{packing}>(weight + {i * packing});"
           for i in range(words)),
-        f"          weight += {len(slots) * entries};",
-        *(f"          {{ const float v = window[{spec.region.offset(image, i, j)}]; "
-          f"{' '.join(additions)} }}" for (image, i, j), additions in sorted(uses.items())),
-        "        } while (--count);",
-        "        break;",
+        f"  weight += {len(slots) * spec.entries};",
+        *(f"  {{ const float v = window[{read}]; {' '.join(additions)} }}" for read, additions in sorted(uses.items())),
+        "} while (--count);",
     ]  # fmt: skip
 
 
 def _accumulate(spec: GradientSpec) -> list[str]:
     """Return the function that adds a patch's products to the sums of a task.
 
-    The window of the task's channel is held in registers, by names, for all kernels of the task.
+    The patch of dy of the task's filter is held in registers, by names, for all kernels of the task.
     """
-    taps = sorted({divmod(tap, spec.kernel_size) for pattern in spec.patterns for tap in pattern})
-    rows, columns = spec.tile
-    used = sorted({spec.reads(tap, row, column) for tap in taps for row in range(rows) for column in range(columns)})
+    vector = spec.dy.vector
+    loads = ((row, column) for row, column in spec.pixels if column % vector == 0)
     return [
         "__device__ __forceinline__ void accumulate(const int* task, const float* x, const float* dy,",
         "                                           float (&sum)[TASK_KERNELS * ENTRIES]) {",
         "  if (task[0] < 0) return;",
-        "  x += task[0];",
+        "  dy += task[0];",
         "  constexpr int X_STEP = LANE_IMAGES * IMAGE_PITCH, DY_STEP = LANE_IMAGES * DY_IMAGE_PITCH;",
         "  for (int image = 0; image < IMAGES; ++image, x += X_STEP, dy += DY_STEP) {",
-        *(f"    const float x{r}_{c} = x[{spec.x.offset(0, r, c)}];" for r, c in used),
+        *(f"    const Packed<float, {vector}> d{row}_{column} = "
+          f"load_packed<{vector}>(dy + {spec.dy.offset(0, row, column)});" for row, column in loads),
         *(line for kernel in range(spec.task_kernels) for line in _products(kernel, spec)),
         "  }",
         "}",
         "",
-    ]
+    ]  # fmt: skip
 
 
 def _products(kernel: int, spec: GradientSpec) -> list[str]:
-    """Return the products of one kernel of a task, whatever its pattern."""
-    lines = [
-        "    {",
-        f"      const float* d = dy + task[{2 + 3 * kernel}];",
-        f"      switch (task[{1 + 3 * kernel}]) {{",
+    """Return the products of one kernel of a task; a task's kernels come first, so that none follows a missing one."""
+    return [
+        f"if (task[{1 + 3 * kernel}] < 0) continue;",
+        "{",
+        f"const float* window = x + task[{2 + 3 * kernel}];",
+        *_switch(f"task[{1 + 3 * kernel}]", [_shape(kernel, reads, spec) for reads in spec.shapes.reads]),
+        "}",
     ]
-    for number, pattern in enumerate(spec.patterns):
-        lines.append(f"        case {number}:")
-        for row, column in product(range(spec.tile[0]), range(0, spec.tile[1], spec.dy.vector)):
-            additions = []
-            for i, (entry, tap) in product(range(spec.dy.vector), enumerate(pattern)):
-                r, c = spec.reads(divmod(tap, spec.kernel_size), row, column + i)
-                additions.append(f"sum[{kernel * spec.entries + entry}] += v.items[{i}] * x{r}_{c};")
-            load = f"load_packed<{spec.dy.vector}>(d + {spec.dy.offset(0, row, column)})"
-            lines.append(f"          {{ const Packed<float, {spec.dy.vector}> v = {load}; {' '.join(additions)} }}")
-        lines.append("          break;")
-    return [*lines, "      }", "    }"]
+
+
+def _shape(kernel: int, reads: Reads, spec: GradientSpec) -> list[str]:
+    uses: dict[int, list[str]] = {}
+    for read, (entry, (row, column)) in zip(reads, product(range(spec.entries), spec.pixels), strict=True):
+        assert read is not None  # no padding is left out
+        item = column % spec.dy.vector
+        addition = f"sum[{kernel * spec.entries + entry}] += d{row}_{column - item}.items[{item}] * v;"
+        uses.setdefault(read, []).append(addition)
+    return [f"{{ const float v = window[{read}]; {' '.join(additions)} }}" for read, additions in sorted(uses.items())]

@@ -17,10 +17,10 @@
 // warps live on a multiprocessor; one filter in a warp fits into 64, which lets 32 live, and needs half of the code.
 // Straight-line code of many patterns competes for the instruction cache, so fewer sums can be faster.
 //
-// What an H200 reached, before blocks ordered their channels (bench/evidence/gpu_partial.json): 16 to 18 TFLOP/s of kept
-// weights on most layers, a quarter of the FP32 rate. A record of 8 x 4 pixels is 184 instructions, 128 of them FMA, as
-// good as the table says; a run adds 25. The rest is waiting: warps have about 5 records in a chunk, and by count the
-// slowest of 32 had twice as many.
+// What an H100 reaches (profiles; bench/evidence/gpu.json has the times): shared memory is busy 58 % of the time, FMA 30 %.
+// Of its cycles two thirds are the loads above. One third is copies: what arrives by `copy_async` is written in sectors
+// of 8 words, a row of 18 takes 4 or 5 cycles. So two filters of 4 x 4 pixels, which share a copy, beat one of 8 x 4.
+// Four words at once would arrive faster, but rows at multiples of four words put lanes into the same banks.
 //
 // Memory: the lanes of a block take neighbouring patches, and all warps of a block the same ones: the input of the
 // block is one rectangle of each channel, copied row by row (region.py). A 32x32 image of one channel is 4.6 KB with
@@ -67,7 +67,7 @@ __device__ __forceinline__ void copy_region(float* tile, const Element* x, const
   }
 }
 
-// Write a warp's sums, with what a network does to them next: y = relu(sum * scale + shift + residual).
+// Write a warp's sums; FUSED: with what a network does to them next, y = relu(sum * scale + shift + residual).
 __device__ __forceinline__ void store_outputs(const float (&sum)[SUMS], Seat patch, const int* slots, Element* y,
                                               int images, int filters, int out_h, int out_w, const float* scale,
                                               const float* shift, const Element* residual, int relu) {
@@ -76,7 +76,8 @@ __device__ __forceinline__ void store_outputs(const float (&sum)[SUMS], Seat pat
   for (int slot = 0; slot < SLOTS; ++slot) {
     const int filter = slots[slot];
     if (filter < 0) continue;
-    const float factor = scale ? scale[filter] : 1.0f, summand = shift ? shift[filter] : 0.0f;
+    float factor = 1.0f, summand = 0.0f;
+    if constexpr (FUSED) factor = scale ? scale[filter] : 1.0f, summand = shift ? shift[filter] : 0.0f;
 #pragma unroll
     for (int image = 0; image < IMAGES; ++image) {
       if (patch.image + image * LANE_IMAGES >= images) continue;
@@ -92,9 +93,12 @@ __device__ __forceinline__ void store_outputs(const float (&sum)[SUMS], Seat pat
 #pragma unroll
           for (int i = 0; i < VECTOR; ++i) {
             float value = sum[((slot * IMAGES + image) * TILE_ROWS + row) * TILE_COLUMNS + column + i];
-            value = value * factor + summand;
-            if (residual) value += to_float(residual[offset + i]);
-            from_float(relu && value < 0.0f ? 0.0f : value, packed.items[i]);
+            if constexpr (FUSED) {
+              value = value * factor + summand;
+              if (residual) value += to_float(residual[offset + i]);
+              if (relu && value < 0.0f) value = 0.0f;
+            }
+            from_float(value, packed.items[i]);
           }
           store_packed(y + offset, packed);
         }
@@ -138,8 +142,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     if (next < chunks) {
       const int channel = next * CHANNELS, buffer = next % 2;
       const int count = channels - channel < CHANNELS ? channels - channel : CHANNELS;
+#pragma unroll 1
       for (int i = threadIdx.x; i < weight_end - weight_start; i += THREADS)
         copy_async(weight_space + buffer * weight_words + i, values + gather[weight_start + i], true);
+#pragma unroll 1
       for (int i = threadIdx.x; i < program_end - program_start; i += THREADS)
         copy_async(program_space + buffer * program_words + i, program + program_start + i, true);
       copy_region(tiles + buffer * TILE_WORDS, x, order + channel, first, count, images, channels, in_h, in_w);

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -56,7 +57,7 @@ class Launcher(Protocol):
     def launch(
         self, text: str, kernel: str, blocks: int, threads: int, shared: int, arguments: Sequence[Tensor | int | None]
     ) -> None:
-        """Launch a kernel of a unit; tensors are passed by address, None is a null pointer."""
+        """Launch a kernel of a unit; tensors, the first argument is one, are passed by address, None as null."""
         ...
 
 
@@ -77,17 +78,22 @@ class CupyLauncher:
         """
         from cupy.cuda import driver, runtime
 
-        device = next(a.device for a in arguments if isinstance(a, Tensor))
+        leading = arguments[0]
+        assert isinstance(leading, Tensor)
+        device = leading.device
         current = torch.cuda.current_device()
         index = device.index if device.index is not None else current
-        words = (ctypes.c_uint64 * len(arguments))(*map(_word, arguments))
-        first = ctypes.addressof(words)
-        places = (ctypes.c_uint64 * len(arguments))(*range(first, first + ctypes.sizeof(words), 8))
+        # Words of eight bytes: an address, or an integer in the lower four.
+        words = [a if type(a) is int else a.data_ptr() if isinstance(a, Tensor) else 0 for a in arguments]
+        count = len(words)
+        memory = (ctypes.c_uint64 * (2 * count))()
+        first = ctypes.addressof(memory)
+        _packing(count).pack_into(memory, 0, *words, *range(first, first + 8 * count, 8))
         stream = torch.cuda.current_stream(index).cuda_stream
         runtime.setDevice(index)  # makes its context the thread's, which the driver asks for
         try:
             function = _function(text, kernel, index)
-            driver.launchKernel(function, blocks, 1, 1, threads, 1, 1, shared, stream, ctypes.addressof(places), 0)
+            driver.launchKernel(function, blocks, 1, 1, threads, 1, 1, shared, stream, first + 8 * count, 0)
         finally:
             if index != current:
                 runtime.setDevice(current)
@@ -115,11 +121,9 @@ def too_old(capability: tuple[int, int]) -> str | None:
     return "the GPU has compute capability {}.{}: the kernels need {}.{} or newer".format(*capability, *OLDEST)
 
 
-def _word(value: Tensor | int | None) -> int:
-    """Return a kernel argument as a word of eight bytes: an address, or an integer in the lower four."""
-    if isinstance(value, Tensor):
-        return value.data_ptr()
-    return 0 if value is None else value
+@cache
+def _packing(count: int) -> struct.Struct:
+    return struct.Struct(f"{2 * count}q")
 
 
 @cache

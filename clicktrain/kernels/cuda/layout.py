@@ -127,7 +127,7 @@ def program(layer: Layer, spec: ConvolutionSpec) -> Program:
     place = np.empty(layer.filters, np.int64)
     place[order] = np.arange(layer.filters)
 
-    unit, kind, channel, numbers = _records(layer, spec, place)
+    unit, kind, channel, moved, numbers = _records(layer, spec, place)
     block, warp = unit // spec.warps, unit % spec.warps
     loads = np.zeros((blocks, spec.warps, layer.channels), np.int64)
     np.add.at(loads, (block, warp, channel), 1)
@@ -135,8 +135,9 @@ def program(layer: Layer, spec: ConvolutionSpec) -> Program:
     seat = np.argsort(channels, axis=1)[block, channel]  # of the channel in its block's order
     cell = block * chunks + seat // spec.channels
     by_program = np.lexsort((seat, kind, warp, cell))
-    kind, seat, numbers, warp, cell = (a[by_program] for a in (kind, seat, numbers, warp, cell))
-    words, word_starts, heads = _words(kind, seat, warp, cell, blocks * chunks, spec)
+    kind, numbers, warp, cell = (a[by_program] for a in (kind, numbers, warp, cell))
+    windows = (seat % spec.channels * spec.region.words + moved)[by_program]
+    words, word_starts, heads = _words(kind, windows, warp, cell, blocks * chunks, spec)
 
     kept = numbers >= 0
     entries = np.arange(spec.entries)[:: -1 if layer.reversed else 1]
@@ -151,13 +152,13 @@ def program(layer: Layer, spec: ConvolutionSpec) -> Program:
     )  # fmt: skip
 
 
-def _records(layer: Layer, spec: ConvolutionSpec, place: Integers) -> tuple[Integers, Integers, Integers, Integers]:
+def _records(layer: Layer, spec: ConvolutionSpec, place: Integers) -> tuple[Integers, ...]:
     """Merge the kernels of a warp that have channel and pattern in common, as far as `spec.sets` allows.
 
     Returns
     -------
-    unit, kind, channel : (records,) int64
-        Warp, counted over all blocks; pattern and set; channel.
+    unit, kind, channel, moved : (records,) int64
+        Warp, counted over all blocks; shape and set; channel; words from a window to what the pattern reads.
     numbers : (records, slots) int64
         Canonical numbers of the kernels, -1 in slots that the record does not serve.
     """
@@ -176,11 +177,12 @@ def _records(layer: Layer, spec: ConvolutionSpec, place: Integers) -> tuple[Inte
         numbers[np.ix_(complete, np.array(members))] = -1
     keys, sets, served = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     rest, pattern = np.divmod(keys, len(layer.patterns))
-    return rest // layer.channels, pattern * len(spec.sets) + sets, rest % layer.channels, served
+    shape, moved = np.array(spec.shapes.of_pattern)[pattern], np.array(spec.shapes.moved)[pattern]
+    return rest // layer.channels, shape * len(spec.sets) + sets, rest % layer.channels, moved, served
 
 
 def _words(
-    kind: Integers, seat: Integers, warp: Integers, cell: Integers, cells: int, spec: ConvolutionSpec
+    kind: Integers, windows: Integers, warp: Integers, cell: Integers, cells: int, spec: ConvolutionSpec
 ) -> tuple[Integers, Integers, Integers]:
     """Return the words of all programs, where each cell's start, and the places of each warp's two head words."""
     record = np.arange(len(kind))
@@ -197,7 +199,7 @@ def _words(
     order_sort = np.concatenate((np.zeros(len(heads)), np.zeros(len(first)), np.ones(len(record)), np.zeros(len(ends))))
     value = np.concatenate((
         np.zeros(len(heads), np.int64), kind[first] + (length << 16),
-        seat % spec.channels * spec.region.words, np.full(len(ends), -1),
+        windows, np.full(len(ends), -1),
     ))  # fmt: skip
     order = np.lexsort((order_sort, order_record, order_warp, order_cell))
     words = value[order]
@@ -230,33 +232,39 @@ class Tasks:
 def tasks(layer: Layer, spec: GradientSpec) -> Tasks:
     """Lay out the gradient of the values."""
     kernels, room = layer.kernels, spec.warps * spec.tasks
+    shapes, moved = np.array(spec.shapes.of_pattern), np.array(spec.shapes.moved)
     cell = kernels.filters // spec.filters, kernels.channels // spec.channels
-    kernels = kernels[np.lexsort((kernels.filters, kernels.patterns, kernels.channels, cell[1], cell[0]))]
+    kernels = kernels[np.lexsort((kernels.channels, shapes[kernels.patterns], kernels.filters, cell[1], cell[0]))]
     filters, channels = kernels.filters // spec.filters, kernels.channels // spec.channels
-    task, member = _cut(np.stack((filters, kernels.channels), 1), spec.task_kernels)
+    task, member = _cut(np.stack((kernels.filters, channels), 1), spec.task_kernels)
     first = np.flatnonzero(member == 0)
     piece, _ = _cut(np.stack((filters, channels), 1)[first], room)
-    place = _dealt(piece, np.diff(np.append(first, len(task))), spec.warps)
+    place = _dealt(piece, np.diff(np.append(first, len(task))), spec.warps, spec.tasks)
 
     words = np.full((int(piece.max(initial=-1)) + 1, room, spec.task_words), -1, np.int32)
-    words[:, :, 2::3] = 0
-    words[piece, place, 0] = kernels.channels[first] % spec.channels * spec.x.words
-    words[piece[task], place[task], 1 + 3 * member] = kernels.patterns
-    words[piece[task], place[task], 2 + 3 * member] = kernels.filters % spec.filters * spec.dy.words
+    words[piece, place, 0] = kernels.filters[first] % spec.filters * spec.dy.words
+    words[piece[task], place[task], 1 + 3 * member] = shapes[kernels.patterns]
+    windows = kernels.channels % spec.channels * spec.x.words + moved[kernels.patterns]
+    words[piece[task], place[task], 2 + 3 * member] = windows
     words[piece[task], place[task], 3 + 3 * member] = kernels.numbers
     pieces = np.zeros((len(words), 2), np.int32)
     pieces[piece] = np.stack((filters * spec.filters, channels * spec.channels), 1)[first]
     return Tasks(pieces, words.reshape(len(words), spec.tasks, spec.warps, spec.task_words))
 
 
-def _dealt(piece: Integers, sizes: Integers, warps: int) -> Integers:
-    """Return each task's place in its piece: the largest first, to the warps from first to last and back again."""
+def _dealt(piece: Integers, sizes: Integers, warps: int, tasks: int) -> Integers:
+    """Return each task's place in its piece: the largest first, to the warp with the least to do that has room."""
     order = np.lexsort((-sizes, piece))
-    starts = np.searchsorted(piece[order], piece[order])
-    rank = np.arange(len(order)) - starts
-    turn, warp = np.divmod(rank, warps)
-    place = np.empty_like(rank)
-    place[order] = turn * warps + np.where(turn % 2, warps - 1 - warp, warp)
+    rank = np.arange(len(order)) - np.searchsorted(piece[order], piece[order])
+    load = np.zeros((int(piece.max(initial=-1)) + 1, warps))
+    held, place = np.zeros(load.shape, np.int64), np.empty_like(order)
+    for turn in range(int(rank.max(initial=-1)) + 1):
+        these = order[rank == turn]
+        where = piece[these]
+        warp = np.where(held[where] < tasks, load[where], np.inf).argmin(1)
+        place[these] = held[where, warp] * warps + warp
+        held[where, warp] += 1
+        load[where, warp] += sizes[these]
     return place
 
 

@@ -80,14 +80,16 @@ __device__ __forceinline__ void copy_async(float* to, const Narrow* from, bool e
   *to = exists ? to_float(*from) : 0.0f;
 }
 
-// Copy eight aligned bytes; as `copy_async`.
+// Copy eight aligned bytes, or zeros where nothing exists; as `copy_async`.
 template <typename Narrow>
-__device__ __forceinline__ void copy_async2(Narrow* to, const Narrow* from) {
+__device__ __forceinline__ void copy_async2(Narrow* to, const Narrow* from, bool exists) {
 #if __CUDA_ARCH__ >= 800
   const unsigned place = unsigned(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(place), "l"(from) : "memory");
+  const int bytes = exists ? 8 : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(place), "l"(from), "r"(bytes) : "memory");
 #else
-  *reinterpret_cast<Packed<unsigned, 2>*>(to) = *reinterpret_cast<const Packed<unsigned, 2>*>(from);
+  const Packed<unsigned, 2> none = {};
+  *reinterpret_cast<Packed<unsigned, 2>*>(to) = exists ? *reinterpret_cast<const Packed<unsigned, 2>*>(from) : none;
 #endif
 }
 
@@ -117,6 +119,35 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
 }
+
+// Copy a unit of sixteen aligned bytes, or zeros where nothing exists; as `copy_async`.
+template <typename Narrow>
+__device__ __forceinline__ void copy_unit(Packed<unsigned, 4>* to, const Narrow* from, bool exists) {
+#if __CUDA_ARCH__ >= 800
+  const unsigned place = unsigned(__cvta_generic_to_shared(to));
+  const int bytes = exists ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(place), "l"(from), "r"(bytes) : "memory");
+#else
+  const Packed<unsigned, 4> none = {};
+  *to = exists ? *reinterpret_cast<const Packed<unsigned, 4>*>(from) : none;
+#endif
+}
+
+// Make a batch of this thread's copies since the last one, and wait until at most `Open` batches are on their way.
+__device__ __forceinline__ void close_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int Open>
+__device__ __forceinline__ void wait_for_batches() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(Open) : "memory");
+#endif
+}
+
+// Make what the lanes of a warp wrote visible to each other.
+__device__ __forceinline__ void sync_warp() { __syncwarp(); }
 
 __device__ __forceinline__ float shuffle_xor(float value, int distance) {
   return __shfl_xor_sync(0xffffffffu, value, distance);

@@ -148,14 +148,25 @@ def _collisions(lanes: Triple, images: Integers, bands: Integers, column: int, v
 
 @cache
 def _pitches(lanes: Triple, size: Pair, step: Pair, vector: int) -> Triple:
-    """Return row pitch, skew and image pitch: the fewest conflicts, then the fewest words."""
+    """Return row pitch, skew and image pitch: without skew where no lanes collide so, for patterns share code then."""
+    for skews in (range(1), range(0, BANKS, vector)):
+        best, fewest = _best_pitches(lanes, size, step, vector, skews)
+        if fewest == 1:
+            break
+    return best
+
+
+def _best_pitches(lanes: Triple, size: Pair, step: Pair, vector: int, skews: range) -> tuple[Triple, int]:
+    """Return the pitches with the fewest conflicts, then the fewest words, and the conflicts."""
     rows, columns = size
     first = -(-columns // vector) * vector
     pitch, skew, spare = (
         grid.ravel().astype(np.int64)
-        for grid in np.mgrid[first : first + _SPARE_PITCH : vector, 0:BANKS:vector, 0:BANKS:vector]
+        for grid in np.mgrid[
+            first : first + _SPARE_PITCH : vector, skews.start : skews.stop : skews.step, 0:BANKS:vector
+        ]
     )
     image_pitch = rows * pitch + (rows - 1) // step[0] * skew + spare
     conflicts = _collisions(lanes, image_pitch, step[0] * pitch + skew, step[1], vector)
     best = np.lexsort((image_pitch, conflicts))[0]
-    return int(pitch[best]), int(skew[best]), int(image_pitch[best])
+    return (int(pitch[best]), int(skew[best]), int(image_pitch[best])), int(conflicts[best])

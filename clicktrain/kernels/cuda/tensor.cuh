@@ -11,18 +11,24 @@
 //
 // Where the limit is. A multiprocessor of an H200 multiplies 16 x 16 by 16 x 8 about every 2 cycles with this
 // instruction. One `load_matrices` takes 4 cycles of shared memory, 128 bytes each, and feeds two products in the
-// forward pass and the gradient of the values: both limits meet at 1024 FMA a cycle, 8 times the FP32 rate. The
-// forward pass reads the weights of a product from global memory, in the order in which they are stored: 16 rows of 32
-// bytes, for up to 16 products. At 8x compression few products are left for each unit of a tile: with 28 % of the
-// kernels and 4 entries, 16 rows of a product are 14 units, so that a unit takes part in 0.07 products for a block of
-// filters, 0.14 cycles, while copying it takes 0.7 (the second-level cache gives a multiprocessor about 24 bytes a
-// cycle) and its halo once more. Blocks of filters therefore share tiles, up to 8 of them.
+// forward pass and the gradient of the values: both limits meet at 1024 FMA a cycle, 8 times the FP32 rate. The weights
+// of a forward step, 512 bytes for up to 16 products, come into shared memory with the tile that they meet. At 8x
+// compression few products are left for each unit of a tile: with 28 % of the kernels and 4 entries, 16 rows of a
+// product are 14 units, so that a unit takes part in 0.07 products for a block of filters, 0.14 cycles, while copying
+// it takes 0.7 (the second-level cache gives a multiprocessor about 24 bytes a cycle) and its halo once more. Blocks of
+// filters therefore share tiles, up to 8 of them.
 //
 // Banks. The 8 rows of a matrix are read without a conflict if their units differ modulo 8. The row pitch is 2 modulo
 // 4 units, so that the taps {0, 1, pitch, pitch + 1} of a square differ, and the pitch from one channel to the next is
 // 4 modulo 8: the next channel's square fits in, if the distance of the channels is odd. `tensor_layout` orders the
 // kernels of a block so that neighbours fit together where they can; the order of taps within a kernel is kept. For
 // 1x1 kernels pitches of channels are odd. The gradient of the values reads 16 filters at one pixel: odd too.
+//
+// Formats. Tensors are NCHW, or batch last: [channel][row][column][image] in memory, where a unit of the tile is 16
+// neighbouring bytes. Copies are then asynchronous and cost no instructions to speak of, several chunks are on their way
+// at once, and results are written as units. A sector of memory has two units, and a line eight: tiles take several
+// groups of images, and groups are what counts fastest among positions, so that neighbouring lanes read and write
+// neighbouring units. NCHW images are transposed in registers on their way.
 //
 // What is zero. A copy writes every unit that can ever hold a pixel, zeros included; all others are cleared once.
 // Steps of 16 rows that a block cannot fill read a unit of zeros with a weight of zero: with another unit, an infinity
@@ -118,9 +124,42 @@ __device__ __forceinline__ int known(int told) {
   return Known ? Known : told;
 }
 
-// Between two barriers half of the warps copy first and then multiply, the others the other way around: one half waits
-// for memory while the other computes.
-__device__ __forceinline__ bool copies_now(int turn) { return (threadIdx.x / 128 + turn) % 2 == 0; }
+// Copy parts of the work into buffers, one after the other, `copy(part, buffer)`, and use each, `use(part, buffer)`.
+//
+// Batch last, all buffers but the one in use are being filled. NCHW images go through registers: between two barriers
+// half of the warps copy first and then use, the others the other way around, so that one half waits for memory while
+// the other computes.
+template <typename Copy, typename Use>
+__device__ __forceinline__ void pipeline(int parts, const Copy& copy, const Use& use) {
+  if constexpr (BATCH_LAST) {
+    constexpr int AHEAD = BUFFERS > 1 ? BUFFERS - 1 : 1;
+    __syncthreads();  // buffers have been cleared
+#pragma unroll 1
+    for (int part = 1 - AHEAD; part <= parts; ++part) {
+      const int next = part + AHEAD - 1;
+      if (part > 0) {
+        wait_for_batches<AHEAD - 1>();
+        __syncthreads();
+      }
+      if (next < parts) copy(next, next % BUFFERS);
+      close_copies();
+      if (part > 0) use(part - 1, (part - 1) % BUFFERS);
+    }
+  } else {
+#pragma unroll 1
+    for (int part = -1; part < parts; ++part) {
+      wait_for_copies();
+      __syncthreads();
+#pragma unroll(BUFFERS == 1 ? 2 : 1)
+      for (int turn = 0; turn < 2; ++turn)
+        if (BUFFERS == 1 ? turn == 0 : (threadIdx.x / 128 + turn) % 2 == 0) {
+          if (part + 1 < parts) copy(part + 1, (part + 1) % BUFFERS);
+        } else if (part >= 0) {
+          use(part, part % BUFFERS);
+        }
+    }
+  }
+}
 
 // Turn neighbouring pixels of 8 images into units and store them, those that are `shown`. Each lane stores its pixels
 // in an order of its own, pixel i ^ turn after pixel (i - 1) ^ turn, so that eight neighbours write to different banks.
@@ -143,11 +182,43 @@ __device__ __forceinline__ void store_pixels(T, Unit* to, Packed<unsigned, (T::w
   }
 }
 
-// Copy `count` channels of NCHW images from `first` on. Neighbouring lanes read neighbouring words of an image; a
-// thread keeps its place in the image and goes from channel to channel.
+// Copy `count` channels of images from `first` on, batch last. Neighbouring lanes read neighbouring groups of images,
+// then pixels; a thread keeps its place and goes from channel to channel.
+template <typename T>
+__device__ __forceinline__ void copy_units(T, Unit* tile, const Element* from, View view, int first, int count,
+                                           int images, int height, int width) {
+  constexpr int OF_CHANNEL = T::groups * T::copy_rows * T::copy_columns;
+  constexpr int SHARES = OF_CHANNEL < THREADS ? THREADS / OF_CHANNEL : 1;
+  const int thread = thread_now(), share = OF_CHANNEL < THREADS ? thread / OF_CHANNEL : 0;
+  const int top = T::whole_rows ? 0 : divide_down<T::spread_rows>(view.top);
+  const int left = T::whole_columns ? 0 : divide_down<T::spread_columns>(view.left);
+  const int plane = height * width * images;
+  if (share >= SHARES) return;
+  for (int item = thread - share * OF_CHANNEL; item < OF_CHANNEL; item += THREADS) {
+    const int group = item % T::groups, pixel = item / T::groups;
+    const int row = top + pixel / T::copy_columns, column = left + pixel % T::copy_columns;
+    const int to_row = row * T::spread_rows - view.top, to_column = column * T::spread_columns - view.left;
+    if (to_row < 0 || to_row >= T::rows || to_column < 0 || to_column >= T::columns) continue;
+    const int image = view.image + group * IMAGES;
+    const bool exists = row >= view.first_row && row < height && column >= view.first_column && column < width &&
+                        (WHOLE_GROUPS || image < images);
+    const Element* source = from + (first + share) * plane + (row * width + column) * images + image;
+    Unit* to =
+        tile + share * T::channel_pitch + group * T::group_pitch + to_row * T::row_pitch + to_column;
+#pragma unroll 4
+    for (int channel = share; channel < count; channel += SHARES) {
+      copy_unit(to, source, exists);
+      source += SHARES * plane, to += SHARES * T::channel_pitch;
+    }
+  }
+}
+
+// Copy `count` channels of images from `first` on. Neighbouring lanes read neighbouring words of an image; a thread
+// keeps its place in the image and goes from channel to channel.
 template <typename T>
 __device__ __forceinline__ void copy_tile(T, Unit* tile, const Element* from, View view, int first, int count,
                                           int images, int channels, int height, int width) {
+  if constexpr (BATCH_LAST) return copy_units(T{}, tile, from, view, first, count, images, height, width);
   constexpr int OF_CHANNEL = T::copy_rows * T::copy_columns, SHARES = OF_CHANNEL < THREADS ? THREADS / OF_CHANNEL : 1;
   constexpr bool ALL_SHOWN = T::whole_columns && PADDING_COLUMNS >= 0 &&
                              (T::copy_columns * T::width - 1) * T::spread_columns + PADDING_COLUMNS < T::columns;
@@ -186,11 +257,23 @@ __device__ __forceinline__ void copy_tile(T, Unit* tile, const Element* from, Vi
   }
 }
 
-// Output positions of a tile count columns fastest, then rows, then groups of images; places are in units.
-template <typename T>
-__device__ __forceinline__ constexpr int place_at(T, int position) {
-  return position / (RECT_COLUMNS * RECT_ROWS) * T::group_pitch +
-         position / RECT_COLUMNS % RECT_ROWS * STRIDE_ROWS * T::row_pitch + position % RECT_COLUMNS * STRIDE_COLUMNS;
+// Output positions count columns fastest, then rows, then groups of images; batch last: groups, columns, rows.
+struct Position {
+  int group, row, column;
+};
+__device__ __forceinline__ constexpr Position position_at(int number) {
+  if constexpr (BATCH_LAST) {
+    const int pixel = number / GROUPS;
+    return Position{number % GROUPS, pixel / RECT_COLUMNS, pixel % RECT_COLUMNS};
+  }
+  return Position{number / (RECT_COLUMNS * RECT_ROWS), number / RECT_COLUMNS % RECT_ROWS, number % RECT_COLUMNS};
+}
+
+// Where a position is in a tile, in units.
+template <int StrideRows = STRIDE_ROWS, int StrideColumns = STRIDE_COLUMNS, typename T>
+__device__ __forceinline__ constexpr int place_at(T, int number) {
+  const Position at = position_at(number);
+  return at.group * T::group_pitch + at.row * StrideRows * T::row_pitch + at.column * StrideColumns;
 }
 template <typename T>
 __device__ __forceinline__ int place_of(T, int position) {
@@ -199,13 +282,18 @@ __device__ __forceinline__ int place_of(T, int position) {
 
 // Whether each run of `length` positions looks like the first one, so that distances in it are known to the compiler.
 __device__ __forceinline__ constexpr bool alike(int length) {
-  const int of_image = RECT_COLUMNS * RECT_ROWS;
-  return POSITIONS % length == 0 && (length % RECT_COLUMNS == 0 || RECT_COLUMNS % length == 0) &&
-         (length % of_image == 0 || of_image % length == 0);
+  const int run = BATCH_LAST ? GROUPS : RECT_COLUMNS, runs = run * (BATCH_LAST ? RECT_COLUMNS : RECT_ROWS);
+  return POSITIONS % length == 0 && (length % run == 0 || run % length == 0) &&
+         (length % runs == 0 || runs % length == 0);
 }
 
-// Two neighbouring values, the first at an even place where kernels have an even number of entries.
-__device__ __forceinline__ unsigned read_pair(const Element* values, int first, int second) {
-  if constexpr (ENTRIES % 2 == 0) return first >= 0 ? load_words<1>(values + first).items[0] : 0u;
-  return (first >= 0 ? read_bits(values + first) : 0u) | (second >= 0 ? read_bits(values + second) : 0u) << 16;
+// Copy some neighbouring weights, or zeros where nothing exists; one alone goes through a register.
+template <int Width>
+__device__ __forceinline__ void copy_values(Element* to, const Element* from, bool exists) {
+  if constexpr (Width == 4)
+    copy_async2(to, from, exists);
+  else if constexpr (Width == 2)
+    copy_async(reinterpret_cast<int*>(to), reinterpret_cast<const int*>(from), exists);
+  else
+    *to = exists ? *from : Element{};
 }

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,13 +16,13 @@ from torch import Tensor
 
 from clicktrain.kernels.cuda import tensor_layout as layout
 from clicktrain.kernels.cuda import tensor_text as text
-from clicktrain.kernels.cuda import tensor_tiling as tiling
+from clicktrain.kernels.cuda import tensor_tuning as tuning
 from clicktrain.kernels.cuda.codegen import Dtype
 from clicktrain.kernels.cuda.launch import Launcher
 from clicktrain.kernels.cuda.region import LANES
 from clicktrain.kernels.cuda.tensor_estimate import value_splits
 from clicktrain.kernels.cuda.tensor_geometry import Geometry
-from clicktrain.kernels.cuda.tensor_text import FILTERS, IMAGES, TensorSpec
+from clicktrain.kernels.cuda.tensor_text import FILTERS, IMAGES, STEP, Function, TensorSpec
 from clicktrain.kernels.cuda.tiling import Limits
 from clicktrain.kernels.plan import Plan
 
@@ -42,10 +43,36 @@ def applies(plan: Plan, dtype: Dtype, device: torch.device) -> bool:
     return bool((by_block == by_block[:, :1]).all())
 
 
-def units(plan: Plan, dtype: Dtype, limits: Limits) -> list[str]:
-    """Return the texts of the three passes."""
-    makers = tiling.forward_spec, tiling.input_spec, tiling.values_spec
-    return [text.unit(make(plan, dtype, limits)) for make in makers]
+def is_batch_last(images: Tensor) -> bool:
+    """Return whether images (N, C, H, W) lie in memory as [C][H][W][N], and not as NCHW."""
+    return images.dim() == 4 and not images.is_contiguous() and images.permute(1, 2, 3, 0).is_contiguous()
+
+
+def as_batch_last(images: Tensor) -> Tensor:
+    """Return the same images in memory as [C][H][W][N], where neighbouring images are neighbours: see `backend`."""
+    return images.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+
+
+def units(plan: Plan, dtype: Dtype, limits: Limits, candidates: int | None, batch_last: bool) -> list[str]:
+    """Return the texts among which `tune` chooses; or so many of each pass, the likeliest."""
+    likely = (tuning.likely(function, plan, dtype, limits, batch_last)[:candidates] for function in tuning.FUNCTIONS)
+    return [text.unit(spec) for specs in likely for spec in specs]
+
+
+def tune(
+    plan: Plan, dtype: Dtype, launcher: Launcher, operands: tuple[Tensor, Tensor, Tensor], epilogue: Epilogue
+) -> None:
+    """Measure in which way each pass is fastest for x, values and dy, in their format and on their device."""
+    x, values, dy = operands
+    batch_last = is_batch_last(x)
+    context = plan, dtype, x.device, launcher, batch_last
+    runs: dict[Function, Callable[[TensorSpec], Callable[[], object]]] = {
+        "forward": lambda s: partial(Forward(*context, s).run, x, values, plan.output_shape, epilogue),
+        "grad_input": lambda s: partial(InputGradient(*context, s).run, dy, values, plan.input_shape, epilogue),
+        "grad_values": lambda s: partial(ValuesGradient(*context, s).run, x, dy, plan.values_shape),
+    }
+    for function, run in runs.items():
+        tuning.tune(function, plan, dtype, launcher.limits(x.device), batch_last, run)
 
 
 @cache
@@ -56,27 +83,32 @@ def _capable(device: torch.device) -> bool:
 class Forward:
     """The forward pass on one device, ready to run."""
 
-    def __init__(self, plan: Plan, dtype: Dtype, device: torch.device, launcher: Launcher) -> None:
+    def __init__(
+        self, plan: Plan, dtype: Dtype, device: torch.device, launcher: Launcher, batch_last: bool = False,
+        spec: TensorSpec | None = None,
+    ) -> None:  # fmt: skip
         self.plan, self.launcher = plan, launcher
-        self.spec: TensorSpec = tiling.forward_spec(plan, dtype, launcher.limits(device))
+        self.spec = spec or tuning.choose("forward", plan, dtype, launcher.limits(device), batch_last)
         self.text = text.unit(self.spec)
         made = layout.rows(plan, self.spec.input)
         self._program = [_on(a, device) for a in (made.offsets, made.places, made.bounds, made.strides)]
+        self._most_steps = int(np.diff(made.bounds).max()) // STEP
+        self._shared = self.spec.shared_bytes + self.spec.weight_bytes(self._most_steps * STEP // self.spec.entries)
         self._rects = Geometry.forward(plan).rects(self.spec.rect)
 
     def run(self, x: Tensor, values: Tensor, shape: tuple[int, ...], epilogue: Epilogue) -> Tensor:
         """Return the outputs, of the given shape."""
-        y = torch.empty(shape, dtype=x.dtype, device=x.device)
+        y = _empty(shape, x, self.spec.batch_last)
         spec, (images, channels, *in_size), (_, filters, *out_size) = self.spec, self.plan.input_shape, shape
         sets = _parts(filters, FILTERS * spec.blocks)
         blocks = sets * self._rects[0] * self._rects[1] * _parts(images, IMAGES * spec.input.groups)
-        residual = None if epilogue.residual is None else _aligned(epilogue.residual)
+        residual = None if epilogue.residual is None else _aligned(epilogue.residual, spec.batch_last)
         self.launcher.launch(
-            self.text, "tensor_forward", blocks, spec.warps * LANES, spec.shared_bytes,
+            self.text, "tensor_forward", blocks, spec.warps * LANES, self._shared,
             (
                 _aligned(x), _aligned(values), y, *self._program, epilogue.scale, epilogue.shift, residual,
                 int(epilogue.relu), images, channels, *in_size, filters, *out_size, *self._rects,
-                _parts(channels, spec.input.channels), sets,
+                _parts(channels, spec.input.channels), sets, self._most_steps,
             ),
         )  # fmt: skip
         return y
@@ -85,26 +117,30 @@ class Forward:
 class InputGradient:
     """The input gradient on one device, ready to run."""
 
-    def __init__(self, plan: Plan, dtype: Dtype, device: torch.device, launcher: Launcher) -> None:
+    def __init__(
+        self, plan: Plan, dtype: Dtype, device: torch.device, launcher: Launcher, batch_last: bool = False,
+        spec: TensorSpec | None = None,
+    ) -> None:  # fmt: skip
         self.plan, self.launcher = plan, launcher
-        self.spec: TensorSpec = tiling.input_spec(plan, dtype, launcher.limits(device))
+        self.spec = spec or tuning.choose("grad_input", plan, dtype, launcher.limits(device), batch_last)
         self.text = text.unit(self.spec)
         made = layout.input_jobs(plan, self.spec)
-        self._program = [_on(a, device) for a in (made.taps, made.words, made.bounds, made.kernels, made.strides)]
-        self._kernels = int(made.kernels[..., 1].max())
+        self._program = [_on(a, device) for a in (made.words, made.bounds, made.kernels, made.strides)]
+        self._kernels, self._jobs = int(made.kernels[..., 1].max()), int(np.diff(made.bounds).max())
+        self._shared = self.spec.shared_bytes + self.spec.weight_bytes(self._kernels) + self.spec.job_bytes(self._jobs)
         self._rects = Geometry.transposed(plan).rects(self.spec.rect)
 
     def run(self, dy: Tensor, values: Tensor, shape: tuple[int, ...], epilogue: Epilogue) -> Tensor:
         """Return the gradient, of the given shape; there is no epilogue."""
-        dx = torch.empty(shape, dtype=dy.dtype, device=dy.device)
+        dx = _empty(shape, dy, self.spec.batch_last)
         spec, (images, channels, *in_size), (_, filters, *out_size) = self.spec, shape, self.plan.output_shape
         sets = _parts(channels, spec.channels)
         blocks = sets * self._rects[0] * self._rects[1] * _parts(images, IMAGES * spec.input.groups)
         self.launcher.launch(
-            self.text, "tensor_input", blocks, spec.warps * LANES, spec.shared_bytes + spec.weight_bytes(self._kernels),
+            self.text, "tensor_input", blocks, spec.warps * LANES, self._shared,
             (
                 _aligned(dy), _aligned(values), dx, *self._program, images, channels, *in_size, filters, *out_size,
-                *self._rects, sets, self._kernels,
+                *self._rects, sets, self._kernels, self._jobs,
             ),
         )  # fmt: skip
         return dx
@@ -113,10 +149,13 @@ class InputGradient:
 class ValuesGradient:
     """The gradient of the values on one device, ready to run."""
 
-    def __init__(self, plan: Plan, dtype: Dtype, device: torch.device, launcher: Launcher) -> None:
+    def __init__(
+        self, plan: Plan, dtype: Dtype, device: torch.device, launcher: Launcher, batch_last: bool = False,
+        spec: TensorSpec | None = None,
+    ) -> None:  # fmt: skip
         self.plan, self.launcher = plan, launcher
         limits = launcher.limits(device)
-        self.spec: TensorSpec = tiling.values_spec(plan, dtype, limits)
+        self.spec = spec or tuning.choose("grad_values", plan, dtype, limits, batch_last)
         self.text = text.unit(self.spec)
         made = layout.rows(plan, self.spec.input)
         jobs, pieces = layout.value_jobs(made.bounds, self.spec)
@@ -129,17 +168,19 @@ class ValuesGradient:
         """Return the gradient, of the given shape (kept_kernels, entries)."""
         spec, count, shares = self.spec, shape[0] * shape[1], self._splits * self.spec.parts
         (images, channels, *in_size), (_, filters, *out_size) = self.plan.input_shape, self.plan.output_shape
-        partial = torch.empty(shares * count, dtype=torch.float32, device=x.device)
+        sums = torch.empty(shares * count, dtype=torch.float32, device=x.device)
         dvalues = torch.empty(shape, dtype=x.dtype, device=x.device)
         self.launcher.launch(
             self.text, "tensor_values", self._pieces * self._splits, spec.warps * LANES, spec.shared_bytes,
             (
-                _aligned(x), _aligned(dy), partial, *self._program, images, channels, *in_size, filters, *out_size,
+                _aligned(x), _aligned(dy), sums, *self._program, images, channels, *in_size, filters, *out_size,
                 *self._rects, self._walks, self._pieces, self._splits, count,
             ),
         )  # fmt: skip
-        blocks = _parts(count, FINISH_THREADS)
-        self.launcher.launch(self.text, "tensor_finish", blocks, FINISH_THREADS, 0, (partial, dvalues, count, shares))
+        self.launcher.launch(
+            self.text, "tensor_finish", _parts(count, LANES), FINISH_THREADS, 4 * FINISH_THREADS,
+            (sums, dvalues, count, shares),
+        )  # fmt: skip
         return dvalues
 
 
@@ -151,6 +192,16 @@ def _on(array: NDArray[np.int32], device: torch.device) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array).ravel()).to(device)
 
 
-def _aligned(tensor: Tensor) -> Tensor:
+def _empty(shape: tuple[int, ...], like: Tensor, batch_last: bool) -> Tensor:
+    """Return new images in a format."""
+    if not batch_last:
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+    n, *rest = shape
+    return torch.empty((*rest, n), dtype=like.dtype, device=like.device).permute(3, 0, 1, 2)
+
+
+def _aligned(tensor: Tensor, batch_last: bool = False) -> Tensor:
     """Return the tensor where eight neighbouring values can be read at once: views may start anywhere."""
+    if batch_last and not tensor.permute(1, 2, 3, 0).is_contiguous():
+        tensor = as_batch_last(tensor)
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from math import ceil
 
 from clicktrain.kernels.cuda.tensor_geometry import Geometry
-from clicktrain.kernels.cuda.tensor_text import FILTERS, IMAGES, RESIDENT_WARPS, STEP, TensorSpec, Tile
+from clicktrain.kernels.cuda.tensor_text import FILTERS, IMAGES, RESIDENT_WARPS, STEP, UNIT_BYTES, TensorSpec, Tile
 from clicktrain.kernels.cuda.tiling import Limits
 from clicktrain.kernels.plan import Plan
 
 BYTES_PER_CYCLE = 24
 """About what the second-level cache gives to a multiprocessor of an H200."""
 COPY_LATENCY = 600
+BARRIER = 60
 LAUNCH = 1500
-"""Cycles until a copy is there, and until a block of threads has started and written."""
+"""Cycles until a copy is there, until all warps have met, and until a block of threads has started and written."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Cost:
         The steps of its busiest warp, one after another.
     chunks : float
         Times that it waits for a copy.
+    ahead : int
+        Copies on their way at once, asynchronous ones; 0: they go through registers.
     """
 
     blocks: float
@@ -39,31 +42,44 @@ class Cost:
     writing: float
     chain: float
     chunks: float
+    ahead: int = 0
 
     def cycles(self, resident: int, limits: Limits) -> float:
         """Return the cycles of the whole function; copies overlap with products as far as there is more than one."""
         busiest = ceil(self.blocks / limits.multiprocessors)
+        if self.ahead:
+            work = busiest * (max(self.products, self.copying + self.writing) + 0.2 * self.products)
+            return max(work, ceil(busiest / resident) * self._longest()) + 0.1 * work
         work = busiest * (self.products + self.copying + self.writing)
         exposed = self.copying * (1 / self.chunks + 0.3) + self.chunks * COPY_LATENCY + LAUNCH
         longest = max(self.chain, self.products) + exposed + self.writing
         return max(work, ceil(busiest / resident) * longest) + 0.1 * work
 
+    def _longest(self) -> float:
+        """Return what a block takes alone, where copies are asynchronous: the first one, then what takes longest."""
+        of_copy = self.copying / self.chunks
+        computing = max(self.chain, self.products) / self.chunks + BARRIER
+        waiting = max(of_copy, (COPY_LATENCY + of_copy) / self.ahead if self.chunks > self.ahead else 0.0)
+        return LAUNCH + COPY_LATENCY + of_copy + self.chunks * max(computing, waiting) + self.writing
+
 
 def estimate(spec: TensorSpec, plan: Plan, limits: Limits) -> float:
     """Return about how many cycles a function takes; good for choosing, no more."""
     cost = {"forward": _forward, "grad_input": _input, "grad_values": _values}[spec.function]
-    return cost(spec, plan, limits).cycles(resident(spec, limits), limits)
+    return cost(spec, plan, limits).cycles(resident(spec, plan, limits), limits)
 
 
 def _forward(spec: TensorSpec, plan: Plan, limits: Limits) -> Cost:
     channels, filter_blocks = plan.input_shape[1], plan.index.shape[0] // FILTERS
     chunks = ceil(channels / spec.input.channels)
     steps = _kept(plan) * spec.entries / STEP + 0.5 * chunks
-    weights = spec.blocks * steps * FILTERS * STEP * 2 / BYTES_PER_CYCLE
+    weights = spec.blocks * steps * (FILTERS * STEP * 2 / BYTES_PER_CYCLE + 7)
     return Cost(
-        _places(spec, plan) * ceil(filter_blocks / spec.blocks), spec.warps * steps * (2.6 * spec.tiles + 10) + weights,
-        channels * _copy_cycles(spec.input), _write_cycles(spec, plan.output_shape[3], spec.blocks * FILTERS),
-        steps * (8 * spec.tiles + 60), chunks,
+        _places(spec, plan) * ceil(filter_blocks / spec.blocks),
+        spec.warps * steps * (2.3 * spec.tiles + 6),
+        channels * _copy_cycles(spec.input, spec.batch_last) + weights,
+        _write_cycles(spec, plan.output_shape[3], spec.blocks * FILTERS),
+        steps * (8 * spec.tiles + 40), chunks, _ahead(spec),
     )  # fmt: skip
 
 
@@ -73,15 +89,16 @@ def _input(spec: TensorSpec, plan: Plan, limits: Limits) -> Cost:
     of_pattern = kept / len(plan.pool) / sets  # channels
     jobs = len(plan.pool) * ceil(of_pattern / (8 * spec.columns))  # of a block of filters
     columns = ceil(of_pattern / 8) / max(1, ceil(of_pattern / (8 * spec.columns)))
-    additions = 10 * spec.tiles * columns
+    additions = 8 * spec.tiles * columns
     job = spec.entries * (spec.tiles * max(4.0, 2 * columns) + 2 * columns) + additions
-    alone = spec.entries * (8 * spec.tiles * columns + 60) + 3 * additions + 200
+    alone = spec.entries * (8 * spec.tiles * columns + 60) + additions + 200
     weights = FILTERS * filter_blocks * kept / sets * spec.entries * (2 / BYTES_PER_CYCLE + 0.04)
+    copying = FILTERS * filter_blocks * _copy_cycles(spec.input, spec.batch_last)
     return Cost(
-        _places(spec, plan) * sets, filter_blocks * jobs * spec.parts * job,
-        FILTERS * filter_blocks * _copy_cycles(spec.input) + weights,
+        _places(spec, plan) * sets, filter_blocks * jobs * spec.parts * job, copying + weights,
         _write_cycles(spec, plan.input_shape[3], spec.channels),
         filter_blocks * ceil(jobs / (spec.warps // spec.parts)) * alone, ceil(filter_blocks / spec.blocks),
+        _ahead(spec),
     )  # fmt: skip
 
 
@@ -97,8 +114,9 @@ def _values(spec: TensorSpec, plan: Plan, limits: Limits) -> Cost:
     partial = 2 * 4 * plan.values_shape[0] * spec.entries * splits * spec.parts  # bytes, written and read
     return Cost(
         pieces * splits, turns * min(room, jobs) * pairs * (5.2 * of_job + 6),
-        turns * (spec.input.channels * _copy_cycles(spec.input) + spec.output.channels * _copy_cycles(spec.output)),
+        turns * sum(tile.channels * _copy_cycles(tile, spec.batch_last) for tile in (spec.input, spec.output)),
         partial / BYTES_PER_CYCLE / (pieces * splits), turns * ceil(pairs / spec.parts) * (16 * of_job + 60), turns,
+        _ahead(spec),
     )  # fmt: skip
 
 
@@ -116,24 +134,40 @@ def _places(spec: TensorSpec, plan: Plan) -> int:
 
 def _write_cycles(spec: TensorSpec, width: int, channels: int) -> float:
     """Return the cycles for the results; pieces of a sector of 32 bytes count as whole ones."""
-    partial = 2 if spec.rect[1] < min(STEP, width) else 1
+    if spec.batch_last:
+        partial = _sectors(spec.input.groups)
+    else:
+        partial = 2 if spec.rect[1] < min(STEP, width) else 1
     return partial * 2 * spec.positions * channels * IMAGES / BYTES_PER_CYCLE
 
 
-def _copy_cycles(tile: Tile) -> float:
+def _ahead(spec: TensorSpec) -> int:
+    return max(1, spec.buffers - 1) if spec.batch_last else 0
+
+
+def _sectors(groups: int) -> float:
+    """Return by how much single units cost more than whole sectors of memory, and those more than whole lines."""
+    return 2.0 if groups == 1 else 1.2 if groups == 2 else 1.0
+
+
+def _copy_cycles(tile: Tile, batch_last: bool) -> float:
     """Return about how many cycles of a multiprocessor the copy of one channel takes."""
+    if batch_last:
+        return tile.groups * tile.copied[0] * tile.copied[1] * (_sectors(tile.groups) * UNIT_BYTES / BYTES_PER_CYCLE)
     words = tile.groups * tile.copied[0] * tile.copied[1]
     return words * (2 * IMAGES * tile.width / BYTES_PER_CYCLE + 0.3)
 
 
-def resident(spec: TensorSpec, limits: Limits) -> int:
+def resident(spec: TensorSpec, plan: Plan, limits: Limits) -> int:
     """Return how many blocks of threads share a multiprocessor."""
-    return max(1, min(RESIDENT_WARPS // spec.warps, limits.shared_bytes // spec.shared_bytes))
+    of_chunk = spec.channels if spec.function == "grad_input" else spec.input.channels
+    used = spec.shared_bytes + spec.weight_bytes(ceil(_kept(plan) * of_chunk / plan.input_shape[1]))
+    return max(1, min(RESIDENT_WARPS // spec.warps, limits.shared_bytes // used))
 
 
 def value_splits(pieces: int, spec: TensorSpec, plan: Plan, limits: Limits) -> tuple[int, int]:
     """Return how many steps a walk over all positions has, and into how many shares it is divided."""
     rects = Geometry.forward(plan).rects(spec.rect)
     walks = rects[0] * rects[1] * ceil(plan.input_shape[0] / (IMAGES * spec.input.groups))
-    wanted = resident(spec, limits) * limits.multiprocessors // max(1, pieces)
+    wanted = resident(spec, plan, limits) * limits.multiprocessors // max(1, pieces)
     return walks, max(1, min(walks, wanted))

@@ -2,39 +2,48 @@
 //
 // A block of threads has a rectangle of output pixels of some groups of images, and BLOCKS blocks of filters. A warp
 // computes one block of filters at 8-column tiles for TILES positions; PARTS warps share a block. Channels come in
-// chunks, two buffers (one, if one chunk holds them all), one barrier a chunk. The rows of a block's matrix (places in
-// the tile, places of its values) are one list for all chunks, so that weights are read one step of 16 rows before they are used, and the places of
-// values two steps before.
+// chunks, one barrier a chunk. With a chunk come the rows of the blocks' matrices in it, in steps of 16: weights and
+// places in the tile, from where they are read without a wait for memory.
 
-// Rows of a matrix, in steps of 16, as a lane needs them.
-struct Steps {
-  const Element* low;  // values of filter lane / 4
-  int further;  // to those of 8 filters further
-  const int *offsets, *places;
-  int end;
-  int next[4];  // places of the values of the step after the present one
-  int offset;
-  Packed<unsigned, 4> weights;
-};
+constexpr int WEIGHT_UNITS = 2 * FILTERS;  // of a step
+constexpr int STEP_UNITS = WEIGHT_UNITS + 16 / 4;  // and the places of its rows
 
-__device__ __forceinline__ void read_places(Steps& steps, int k) {
-  const int* places = steps.places + k + threadIdx.x % 4 * 2;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) steps.next[i] = k < steps.end ? places[i / 2 * 8 + i % 2] : -1;
+// Where the weights of half of a step's rows are, for one filter: eight neighbours are in different banks.
+__device__ __forceinline__ int place_of_weights(int filter, int half) {
+  return 2 * filter + (half ^ filter / 4 % 2);
 }
 
-__device__ __forceinline__ void read_step(Steps& steps, int k) {
-  steps.offset = k < steps.end ? steps.offsets[k + threadIdx.x % 16] : -1;
+// Copy the rows from `first` to `end` of a block of filters, whose filters' values are `stride` apart. Neighbouring
+// lanes have neighbouring rows of a step, then filters: they write to different banks. A thread knows some places before
+// it copies from them.
+__device__ __forceinline__ void copy_rows(Unit* to, const Element* values, const int* offsets, const int* places,
+                                          int first, int end, int stride) {
+  constexpr int WIDTH = ENTRIES % 2 ? 1 : ENTRIES % 4 ? 2 : 4;  // weights that are neighbours in memory too
+  constexpr int WORDS = 16 / WIDTH, OF_STEP = WORDS * FILTERS, AT_ONCE = 4;
+  const int thread = thread_now(), steps = (end - first) / 16;
+  for (int unit = thread; unit < 4 * steps; unit += THREADS)
+    copy_unit(to + steps * WEIGHT_UNITS + unit, offsets + first + 4 * unit, true);
+  for (int start = thread; start < steps * OF_STEP; start += AT_ONCE * THREADS) {
+    int found[AT_ONCE];
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    steps.weights.items[2 * i] = read_pair(steps.low, steps.next[2 * i], steps.next[2 * i + 1]);
-    steps.weights.items[2 * i + 1] = read_pair(steps.low + steps.further, steps.next[2 * i], steps.next[2 * i + 1]);
+    for (int i = 0; i < AT_ONCE; ++i) {
+      const int item = start + i * THREADS;
+      if (item < steps * OF_STEP) found[i] = places[first + item / OF_STEP * 16 + item % WORDS * WIDTH];
+    }
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+      const int item = start + i * THREADS, row = item % WORDS * WIDTH, filter = item / WORDS % FILTERS;
+      if (item >= steps * OF_STEP) break;
+      Unit* const unit = to + item / OF_STEP * WEIGHT_UNITS + place_of_weights(filter, row / 8);
+      const int place = found[i] < 0 ? 0 : found[i];
+      copy_values<WIDTH>(reinterpret_cast<Element*>(unit) + row % 8, values + filter * stride + place, found[i] >= 0);
+    }
   }
 }
 
 // A lane's pixels. Where all parts look alike, `first` is the place of its first one, and the others follow at constant
 // distances, in the zeros too.
-constexpr bool ALIKE = alike(TILES) && RECT_COLUMNS % 2 == 0 && ZEROS > 1;
+constexpr bool ALIKE = alike(TILES) && alike(2) && ZEROS > 1;
 struct Pixels {
   int first;
   int places[ALIKE ? 1 : TILES / 2];
@@ -52,24 +61,31 @@ __device__ __forceinline__ Pixels pixels_of(int part) {
   return pixels;
 }
 
-// Add the products of the steps from k to `end`; the step at k has been read.
-__device__ __forceinline__ void sweep(Steps& steps, int k, int end, const Unit* tile, const Unit* zero,
+// Add the products of some steps. What the next one needs is read early.
+__device__ __forceinline__ void sweep(const Unit* rows, int steps, const Unit* tile, const Unit* zero,
                                       const Pixels& pixels, float (&sum)[TILES][4]) {
+  const int lane = threadIdx.x % 32;
   const Unit* const first = tile + pixels.first;
+  const Unit* weights = rows + place_of_weights(lane % 16, lane / 16);
+  const int* offsets = reinterpret_cast<const int*>(rows + steps * WEIGHT_UNITS) + lane % 16;
+  if (!steps) return;
+  int next_offset = *offsets;
+  Packed<unsigned, 4> next = load_matrices<false>(weights);
 #pragma unroll 1
-  for (; k < end; k += 16) {
-    const bool exists = steps.offset >= 0;
-    const Unit* rows = exists ? first + steps.offset : zero;
-    const Packed<unsigned, 4> weights = steps.weights;
-    read_step(steps, k + 16);
-    read_places(steps, k + 32);
+  for (int left = steps; left > 0; --left) {
+    const int offset = next_offset;
+    const Packed<unsigned, 4> a = next;
+    if (left > 1) weights += WEIGHT_UNITS, offsets += 16;
+    next_offset = *offsets, next = load_matrices<false>(weights);
+    const bool exists = offset >= 0;
+    const Unit* row = exists ? first + offset : zero;
 #pragma unroll
     for (int i = 0; i < TILES / 2; ++i) {
       int place = place_at(Input{}, 2 * i);
       if constexpr (!ALIKE) place = exists ? pixels.places[i] : 0;
-      const Packed<unsigned, 4> b = load_matrices<true>(rows + place);
-      multiply_accumulate(sum[2 * i], weights, b.items[0], b.items[1], Element{});
-      multiply_accumulate(sum[2 * i + 1], weights, b.items[2], b.items[3], Element{});
+      const Packed<unsigned, 4> b = load_matrices<true>(row + place);
+      multiply_accumulate(sum[2 * i], a, b.items[0], b.items[1], Element{});
+      multiply_accumulate(sum[2 * i + 1], a, b.items[2], b.items[3], Element{});
     }
   }
 }
@@ -84,13 +100,14 @@ struct Target {
 constexpr int RUNS = TILES / VECTOR;  // of pixels that are neighbours in y
 constexpr bool EXCHANGED = VECTOR == 8 && RUNS % 2 == 0;
 
-// Where a run of pixels is in y; -1: outside.
+// Where a run of pixels is in y, or a unit; -1: outside.
 __device__ __forceinline__ int place_in_output(const Target& target, View view, int filter, int image, int position) {
-  const int group = position / (RECT_COLUMNS * RECT_ROWS), n = view.image + group * IMAGES + image;
-  const int row = view.top + position / RECT_COLUMNS % RECT_ROWS, column = view.left + position % RECT_COLUMNS;
+  const Position at = position_at(position);
+  const int n = view.image + at.group * IMAGES + image, row = view.top + at.row, column = view.left + at.column;
   const bool whole = POSITIONS % VECTOR == 0 && TILES * PARTS == POSITIONS;
   if ((!whole && position >= POSITIONS) || n >= target.images || row >= target.out_h || column >= target.out_w)
     return -1;
+  if constexpr (BATCH_LAST) return ((filter * target.out_h + row) * target.out_w + column) * target.images + n;
   return ((n * target.filters + filter) * target.out_h + row) * target.out_w + column;
 }
 
@@ -157,22 +174,75 @@ __device__ __forceinline__ void store_outputs(const float (&sum)[TILES][4], cons
   }
 }
 
+// The four lanes of a filter have two images each at four positions; afterwards each has all eight images at one.
+__device__ __forceinline__ void exchange(Unit& words) {
+#pragma unroll
+  for (int distance = 1; distance < 4; distance *= 2) {
+    const bool upper = threadIdx.x & distance;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      unsigned &low = words.items[distance == 1 ? 2 * i : i], &high = words.items[distance == 1 ? 2 * i + 1 : i + 2];
+      const unsigned got = shuffle_xor(upper ? low : high, distance);
+      low = upper ? got : low, high = upper ? high : got;
+    }
+  }
+}
+
+// A lane's two images of a filter at a position, relu(sum * scale + shift + residual).
+__device__ __forceinline__ unsigned finish_pair(float first, float second, float factor, float summand,
+                                                const Target& target, int place) {
+  first = first * factor + summand, second = second * factor + summand;
+  if (target.residual && place >= 0) {
+    const unsigned more = load_words<1>(target.residual + place).items[0];
+    first += to_float(Element{(unsigned short)more}), second += to_float(Element{(unsigned short)(more >> 16)});
+  }
+  if (target.relu) first = first < 0.0f ? 0.0f : first, second = second < 0.0f ? 0.0f : second;
+  return round_pair(first, second, Element{});
+}
+
+// Batch last, lanes exchange what they have, so that each writes units.
+__device__ __forceinline__ void store_units(const float (&sum)[TILES][4], const Target& target, View view, int block,
+                                            int part) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int filter = block * FILTERS + half * 8 + lane / 4;
+    const float factor = target.scale ? target.scale[filter] : 1.0f;
+    const float summand = target.shift ? target.shift[filter] : 0.0f;
+#pragma unroll
+    for (int first = 0; first < TILES; first += 4) {
+      Unit words{};
+#pragma unroll
+      for (int i = 0; i < 4 && first + i < TILES; ++i) {
+        const float(&mine)[4] = sum[first + i];
+        const int place =
+            target.residual ? place_in_output(target, view, filter, lane % 4 * 2, part * TILES + first + i) : -1;
+        words.items[i] = finish_pair(mine[2 * half], mine[2 * half + 1], factor, summand, target, place);
+      }
+      exchange(words);
+      const int which = first + lane % 4;
+      const int place = which < TILES ? place_in_output(target, view, filter, 0, part * TILES + which) : -1;
+      if (place >= 0) store_packed(reinterpret_cast<unsigned*>(target.y + place), words);
+    }
+  }
+}
+
 // `bounds` has for each block of filters where its rows start in each chunk, and where they end; `strides` how many
-// values lie between one filter of a block and the next.
+// values lie between one filter of a block and the next. A block has at most `most_steps` in a chunk.
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     tensor_forward(const Element* x, const Element* values, Element* y, const int* offsets, const int* places,
                    const int* bounds, const int* strides, const float* scale, const float* shift,
                    const Element* residual, int relu, int images, int channels, int in_h, int in_w, int filters,
-                   int out_h, int out_w, int rects_h, int rects_w, int chunks, int sets) {
+                   int out_h, int out_w, int rects_h, int rects_w, int chunks, int sets, int most_steps) {
   channels = known<Input::depth>(channels), in_h = known<Input::height>(in_h), in_w = known<Input::image_width>(in_w);
   filters = known<TARGET_DEPTH>(filters), out_h = known<TARGET_ROWS>(out_h), out_w = known<TARGET_COLUMNS>(out_w);
   rects_h = known<(TARGET_ROWS + RECT_ROWS - 1) / RECT_ROWS>(rects_h);
   rects_w = known<(TARGET_COLUMNS + RECT_COLUMNS - 1) / RECT_COLUMNS>(rects_w);
   Unit* const tiles = reinterpret_cast<Unit*>(shared_memory());
   Unit* const zero = tiles + BUFFERS * Input::units;
+  Unit* const rows = zero + ZEROS;
   const int set = blockIdx.x % sets, rect = blockIdx.x / sets;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = warp % PARTS;
-  const int block = set * BLOCKS + warp / PARTS;
+  const int part = threadIdx.x / 32 % PARTS, slot = threadIdx.x / 32 / PARTS, block = set * BLOCKS + slot;
   const bool works = block * FILTERS < filters;
   const View out{rect / (rects_w * rects_h) * IMAGES * Input::groups, rect / rects_w % rects_h * RECT_ROWS,
                  rect % rects_w * RECT_COLUMNS, 0, 0};
@@ -185,30 +255,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 #pragma unroll
     for (int j = 0; j < 4; ++j) sum[i][j] = 0.0f;
 
-  const int* bound = bounds + (works ? block : 0) * (chunks + 1);
-  const int stride = strides[works ? block : 0];
-  Steps steps;
-  steps.low = values + lane / 4 * stride, steps.further = 8 * stride;
-  steps.offsets = offsets, steps.places = places, steps.end = bound[chunks];
-  read_places(steps, bound[0]);
-  read_step(steps, bound[0]);
-  read_places(steps, bound[0] + 16);
-
   for (int buffer = 0; buffer < BUFFERS; ++buffer) clear_border(Input{}, tiles + buffer * Input::units);
   clear(zero, ZEROS);
-  for (int chunk = -1; chunk < chunks; ++chunk) {
-    __syncthreads();
-    const int first = (chunk + 1) * Input::channels, left = channels - first;
-#pragma unroll(BUFFERS == 1 ? 2 : 1)
-    for (int turn = 0; turn < 2; ++turn)
-      if (BUFFERS == 1 ? turn == 0 : copies_now(turn)) {
-        if (left > 0)
-          copy_tile(Input{}, tiles + (chunk + 1) % BUFFERS * Input::units, x, in, first,
-                    left < Input::channels ? left : Input::channels, images, channels, in_h, in_w);
-      } else if (chunk >= 0 && works) {
-        sweep(steps, bound[chunk], bound[chunk + 1], tiles + chunk % BUFFERS * Input::units, zero, pixels, sum);
-      }
-  }
+  const auto copy = [&](int chunk, int buffer) {
+    const int first = chunk * Input::channels, left = channels - first;
+    copy_tile(Input{}, tiles + buffer * Input::units, x, in, first, left < Input::channels ? left : Input::channels,
+              images, channels, in_h, in_w);
+    for (int other = 0; other < BLOCKS && (set * BLOCKS + other) * FILTERS < filters; ++other) {
+      const int* bound = bounds + (set * BLOCKS + other) * (chunks + 1) + chunk;
+      copy_rows(rows + (buffer * BLOCKS + other) * most_steps * STEP_UNITS, values, offsets, places, bound[0], bound[1],
+                strides[set * BLOCKS + other]);
+    }
+  };
+  pipeline(chunks, copy, [&](int chunk, int buffer) {
+    if (!works) return;
+    const int* bound = bounds + block * (chunks + 1) + chunk;
+    sweep(rows + (buffer * BLOCKS + slot) * most_steps * STEP_UNITS, (bound[1] - bound[0]) / 16,
+          tiles + buffer * Input::units, zero, pixels, sum);
+  });
   if (!works) return;
-  store_outputs(sum, Target{y, scale, shift, residual, relu, images, filters, out_h, out_w}, out, block, part);
+  const Target target{y, scale, shift, residual, relu, images, filters, out_h, out_w};
+  if constexpr (BATCH_LAST)
+    store_units(sum, target, out, block, part);
+  else
+    store_outputs(sum, target, out, block, part);
 }

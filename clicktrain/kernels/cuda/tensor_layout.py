@@ -100,10 +100,9 @@ class Jobs:
 
     Attributes
     ----------
-    taps : (patterns, 16 * entries) int32
-        Places in a tile of dy of the rows (filter, entry) of a product, in units.
-    words : (jobs, 2 + 16 * columns) int32
-        Pattern, tiles of 8 channels; channels in the set (-1: none); which of the set's kernels theirs are.
+    words : (jobs, spec.job_words) int32
+        Tiles of 8 channels; places of the pattern's taps in a tile of dy, in units, in the order of the values;
+        channels in the set (-1: none); which of the set's kernels theirs are.
     bounds : (sets of channels, blocks + 1) int32
         Where the jobs of a set and block of filters start, and where they end.
     kernels : (sets of channels, blocks, 2) int32
@@ -112,7 +111,6 @@ class Jobs:
         As in `Rows`.
     """
 
-    taps: Words
     words: Words
     bounds: Words
     kernels: Words
@@ -121,9 +119,8 @@ class Jobs:
 
 def input_jobs(plan: Plan, spec: TensorSpec) -> Jobs:
     """Lay out the input gradient: for each set of channels and block of filters, jobs of one pattern, large first."""
-    tile, channels, entries = spec.input, plan.input_shape[1], plan.pool.entries
-    filters = np.arange(FILTERS)[:, None] * tile.channel_pitch
-    rotated = np.array(tap_places(plan.pool.rotated(), tile), np.int32)[:, None, ::-1]  # in the order of the values
+    channels, entries = plan.input_shape[1], plan.pool.entries
+    taps = [places[::-1] for places in tap_places(plan.pool.rotated(), spec.input)]  # in the order of the values
     cut = blocks(plan)
     words: list[list[int]] = []
     bounds: list[int] = []
@@ -133,17 +130,16 @@ def input_jobs(plan: Plan, spec: TensorSpec) -> Jobs:
             bounds.append(len(words))
             start, end = (bisect_left(block.channels, c) for c in (first, first + spec.channels))
             kernels += ((block.base + start) * entries, end - start)
-            words += sorted(_jobs(block, range(start, end), first, spec), key=lambda job: -job[1])
+            words += sorted(_jobs(block, range(start, end), first, spec, taps), key=lambda job: -job[0])
         bounds.append(len(words))
-    taps = (rotated + filters).reshape(len(plan.pool), -1)
-    made = np.array(words or [[0] * (2 + 16 * spec.columns)], np.int32)
+    made = np.array(words or [[0] * spec.job_words], np.int32)
     return Jobs(
-        taps.astype(np.int32), made, _words(bounds).reshape(-1, len(cut) + 1),
+        made, _words(bounds).reshape(-1, len(cut) + 1),
         _words(kernels).reshape(-1, len(cut), 2), _words([len(block.channels) * entries for block in cut]),
     )  # fmt: skip
 
 
-def _jobs(block: Block, kernels: range, first: int, spec: TensorSpec) -> list[list[int]]:
+def _jobs(block: Block, kernels: range, first: int, spec: TensorSpec, taps: list[list[int]]) -> list[list[int]]:
     """Return the jobs of a block of filters for some of its kernels, in a set of channels from `first` on."""
     by_pattern: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for j in kernels:
@@ -155,7 +151,8 @@ def _jobs(block: Block, kernels: range, first: int, spec: TensorSpec) -> list[li
             padded = part + [(-1, 0)] * (most - len(part))
             # The four lanes of a row add to every second channel of a tile of 8.
             tiles = [padded[start + i // 2 + i % 2 * 4] for start in range(0, most, 8) for i in range(8)]
-            jobs.append([pattern, -(-len(part) // 8), *(c for c, _ in tiles), *(j for _, j in tiles)])
+            job = [-(-len(part) // 8), *taps[pattern], *(c for c, _ in tiles), *(j for _, j in tiles)]
+            jobs.append(job + [0] * (spec.job_words - len(job)))
     return jobs
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from math import ceil
 from typing import Literal
@@ -23,6 +24,10 @@ RESIDENT_WARPS = 16
 """Warps of a multiprocessor that have 128 registers each."""
 
 Function = Literal["forward", "grad_input", "grad_values"]
+FILES: dict[Function, str] = {
+    "forward": "tensor_forward.cuh", "grad_input": "tensor_input.cuh", "grad_values": "tensor_values.cuh",
+}  # fmt: skip
+SOURCES = ("platform.cuh", "tensor.cuh", *FILES.values())
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,8 @@ class TensorSpec:
         Channels, rows and columns of the images that positions are of; as `Tile.image`.
     whole_groups : bool
         Whether each group of images that is read has all of its 8.
+    batch_last : bool
+        Whether images are in memory as [channel][row][column][image]; else NCHW.
     """
 
     function: Function
@@ -132,6 +139,7 @@ class TensorSpec:
     buffers: int = 2
     target: tuple[int, int, int] = (0, 0, 0)
     whole_groups: bool = False
+    batch_last: bool = False
 
     @property
     def positions(self) -> int:
@@ -139,32 +147,53 @@ class TensorSpec:
         return self.input.groups * self.rect[0] * self.rect[1]
 
     @property
-    def image_pitch(self) -> int:
-        """Floats from one image's sums to the next, 4 modulo 8; see the function's .cuh."""
-        least = 2 * self.tiles * self.parts if self.function == "grad_input" else self.tiles
-        return 4 + ceil(max(0, least - 4) / 8) * 8
-
-    @property
     def zeros(self) -> int:
         """Units of zeros, as far apart as a warp's positions of the forward pass in a tile."""
-        (rows, columns), last = self.rect, self.tiles - 1
-        row, column, group = last // columns % rows, min(last, columns - 1), last // (rows * columns)
-        row = rows - 1 if group else row
-        tile = self.input
-        return group * tile.group_pitch + row * self.stride[0] * tile.row_pitch + column * self.stride[1] + 1
+        return max(map(self.place, range(self.tiles))) + 1
+
+    def place(self, number: int) -> int:
+        """Return where a position is in a tile, in units: `place_at` of tensor.cuh."""
+        (rows, columns), tile = self.rect, self.input
+        if self.batch_last:
+            pixel, group = divmod(number, tile.groups)
+            row, column = divmod(pixel, columns)
+        else:
+            line, column = divmod(number, columns)
+            group, row = divmod(line, rows)
+        return group * tile.group_pitch + row * self.stride[0] * tile.row_pitch + column * self.stride[1]
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory of a block of threads, for the input gradient without the weights."""
+        """Dynamic shared memory of a block of threads, without the weights."""
         tiles = self.buffers * UNIT_BYTES * (self.input.units + (self.output.units if self.output else 0))
-        sums = 4 * (IMAGES * self.image_pitch + 1)  # of a filter or channel
         if self.function == "forward":
             return tiles + UNIT_BYTES * self.zeros
-        return tiles + self.channels * sums
+        sums = (2 * self.tiles * self.parts * IMAGES + 23) // 32 * 32 + 8  # of a channel; see tensor_input.cuh
+        return tiles + 4 * self.channels * sums
 
     def weight_bytes(self, kernels: int) -> int:
-        """Return the shared memory of the input gradient's weights, for so many kernels of a block of filters."""
-        return self.buffers * self.blocks * kernels * (2 * self.entries + 1) * UNIT_BYTES
+        """Return the shared memory of weights, for so many kernels of a filter in a chunk or, input gradient, a set."""
+        if self.function == "grad_values":
+            return 0
+        of_block = (
+            self.steps(kernels) * (2 * FILTERS + STEP // 4)
+            if self.function == "forward"
+            else (kernels * (2 * self.entries + 1))
+        )
+        return self.buffers * self.blocks * of_block * UNIT_BYTES
+
+    @property
+    def job_words(self) -> int:
+        """Words of a job of the input gradient: tiles, taps, channels, kernels; whole units."""
+        return ceil((1 + self.entries + 16 * self.columns) / 4) * 4
+
+    def job_bytes(self, jobs: int) -> int:
+        """Return the shared memory of so many jobs of a block of filters."""
+        return self.buffers * self.blocks * jobs * 4 * self.job_words
+
+    def steps(self, kernels: int) -> int:
+        """Return the steps of so many kernels."""
+        return ceil(kernels * self.entries / STEP)
 
 
 def render(spec: TensorSpec) -> str:
@@ -172,8 +201,7 @@ def render(spec: TensorSpec) -> str:
     constants = [f"using Element = {ELEMENTS[spec.dtype]};"]
     constants += [f"constexpr int {name} = {value};" for name, value in _constants(spec).items()]
     tiles = [spec.input.text("Input")] + ([spec.output.text("Output")] if spec.output else [])
-    name = {"forward": "tensor_forward.cuh", "grad_input": "tensor_input.cuh", "grad_values": "tensor_values.cuh"}
-    return "\n".join([*constants, "", _source("tensor.cuh"), *tiles, "", _source(name[spec.function])])
+    return "\n".join([*constants, "", _source("tensor.cuh"), *tiles, "", _source(FILES[spec.function])])
 
 
 def unit(spec: TensorSpec) -> str:
@@ -181,19 +209,27 @@ def unit(spec: TensorSpec) -> str:
     return _source("platform.cuh") + render(spec)
 
 
+def sources() -> str:
+    """Return a digest of everything that is written by hand."""
+    return hashlib.sha256("".join(map(_source, SOURCES)).encode()).hexdigest()
+
+
 def _constants(spec: TensorSpec) -> dict[str, int]:
     constants = {
         "THREADS": spec.warps * LANES, "MIN_BLOCKS": max(1, RESIDENT_WARPS // spec.warps),
-        "ENTRIES": spec.entries, "PARTS": spec.parts, "TILES": spec.tiles, "POSITIONS": spec.positions,
+        "PARTS": spec.parts, "TILES": spec.tiles, "POSITIONS": spec.positions,
         "RECT_ROWS": spec.rect[0], "RECT_COLUMNS": spec.rect[1], "STRIDE_ROWS": spec.stride[0],
         "STRIDE_COLUMNS": spec.stride[1], "PADDING_ROWS": spec.padding[0], "PADDING_COLUMNS": spec.padding[1],
         "TARGET_DEPTH": spec.target[0], "TARGET_ROWS": spec.target[1], "TARGET_COLUMNS": spec.target[2],
-        "WHOLE_GROUPS": int(spec.whole_groups),
+        "WHOLE_GROUPS": int(spec.whole_groups), "BATCH_LAST": int(spec.batch_last), "GROUPS": spec.input.groups,
+        "BUFFERS": spec.buffers,
     }  # fmt: skip
     if spec.function == "grad_input":
         constants |= {"CHANNELS": spec.channels, "COLUMNS": spec.columns}
     if spec.function != "grad_values":
         constants["VECTOR"] = spec.vector
     if spec.function == "forward":
-        constants |= {"BUFFERS": spec.buffers, "ZEROS": spec.zeros}
-    return {**constants, "BLOCKS": spec.blocks} if spec.function != "grad_values" else constants
+        constants["ZEROS"] = spec.zeros
+    if spec.function != "grad_values":
+        constants |= {"BLOCKS": spec.blocks, "ENTRIES": spec.entries}
+    return constants

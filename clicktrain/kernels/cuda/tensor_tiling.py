@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 from itertools import product
 from math import ceil, gcd
+from weakref import WeakKeyDictionary
 
 from clicktrain.kernels.cuda.codegen import Dtype, Pair
 from clicktrain.kernels.cuda.tensor_estimate import estimate
@@ -17,7 +17,9 @@ from clicktrain.patterns import PRUNED
 
 MOST_TILES = 16
 """8-column tiles of a warp: 64 sums of a lane, which leaves room for all else in 128 registers."""
-MOST_COLUMNS = 4
+MOST_OF_JOB = 8
+"""The same for a job of the input gradient, whose sums come and go by way of other registers."""
+MOST_COLUMNS = 3
 """Tiles of 8 channels of a job: each number up to it is compiled."""
 POSITIONS = (128, 64, 32, 16)
 """At most so many are in shared memory for the gradient of the values."""
@@ -25,28 +27,26 @@ MOST_CHANNELS = 64
 """Of a chunk."""
 
 
-def forward_spec(plan: Plan, dtype: Dtype, limits: Limits) -> TensorSpec:
+def forward_spec(plan: Plan, dtype: Dtype, limits: Limits, batch_last: bool = False) -> TensorSpec:
     """Choose how the forward pass is cut up: the candidate with the smallest estimated time."""
-    return _for_one_size(
-        min(forward_candidates(plan, dtype, limits), key=lambda spec: estimate(spec, plan, limits)), plan
-    )
+    return _best(forward_candidates(plan, dtype, limits, batch_last), plan, limits)
 
 
-def input_spec(plan: Plan, dtype: Dtype, limits: Limits) -> TensorSpec:
+def input_spec(plan: Plan, dtype: Dtype, limits: Limits, batch_last: bool = False) -> TensorSpec:
     """Choose how the input gradient is cut up."""
-    return _for_one_size(
-        min(input_candidates(plan, dtype, limits), key=lambda spec: estimate(spec, plan, limits)), plan
-    )
+    return _best(input_candidates(plan, dtype, limits, batch_last), plan, limits)
 
 
-def values_spec(plan: Plan, dtype: Dtype, limits: Limits) -> TensorSpec:
+def values_spec(plan: Plan, dtype: Dtype, limits: Limits, batch_last: bool = False) -> TensorSpec:
     """Choose how the gradient of the values is cut up."""
-    return _for_one_size(
-        min(values_candidates(plan, dtype, limits), key=lambda spec: estimate(spec, plan, limits)), plan
-    )
+    return _best(values_candidates(plan, dtype, limits, batch_last), plan, limits)
 
 
-def _for_one_size(spec: TensorSpec, plan: Plan) -> TensorSpec:
+def _best(candidates: list[TensorSpec], plan: Plan, limits: Limits) -> TensorSpec:
+    return for_one_size(min(candidates, key=lambda spec: estimate(spec, plan, limits)), plan)
+
+
+def for_one_size(spec: TensorSpec, plan: Plan) -> TensorSpec:
     """Return the specification with the sizes of a plan in the text, where they save instructions."""
     x, y = plan.input_shape[1:], (plan.index.shape[0], *plan.output_shape[2:])
     source, target = (y, x) if spec.function == "grad_input" else (x, y)
@@ -55,9 +55,10 @@ def _for_one_size(spec: TensorSpec, plan: Plan) -> TensorSpec:
     return replace(made, output=replace(spec.output, image=y)) if spec.output else made
 
 
-def forward_candidates(plan: Plan, dtype: Dtype, limits: Limits) -> list[TensorSpec]:
+def forward_candidates(plan: Plan, dtype: Dtype, limits: Limits, batch_last: bool = False) -> list[TensorSpec]:
     """Return the ways to cut up the forward pass that are worth a thought."""
-    geometry, filter_blocks, found = Geometry.forward(plan), plan.index.shape[0] // FILTERS, []
+    geometry, filter_blocks = Geometry.forward(plan, batch_last), plan.index.shape[0] // FILTERS
+    found = []
     for warps, blocks, tiles in product(_warps(limits), (8, 4, 2, 1), (16, 8, 4, 2)):
         if blocks > min(warps, filter_blocks) or warps % blocks:
             continue
@@ -66,23 +67,26 @@ def forward_candidates(plan: Plan, dtype: Dtype, limits: Limits) -> list[TensorS
             spec = TensorSpec(
                 "forward", dtype, plan.pool.entries, warps, blocks, parts, tiles, rect, geometry.stride,
                 geometry.padding, geometry.tile(rect, groups, 1),
-                vector=_vector(geometry, rect, tiles),
+                vector=_vector(geometry, rect, tiles), batch_last=batch_last,
             )  # fmt: skip
-            found += _with_channels(spec, plan.input_shape[1], limits)
+            found += _with_channels(spec, plan, limits)
     return found
 
 
-def input_candidates(plan: Plan, dtype: Dtype, limits: Limits) -> list[TensorSpec]:
+def input_candidates(plan: Plan, dtype: Dtype, limits: Limits, batch_last: bool = False) -> list[TensorSpec]:
     """Return the ways to cut up the input gradient that are worth a thought."""
-    geometry, found = Geometry.transposed(plan), []
-    for warps, parts, tiles, blocks in product(_warps(limits), (8, 4, 2, 1), (8, 4, 2, 1), (4, 2, 1)):
-        if parts > warps or warps % parts or blocks > plan.index.shape[0] // FILTERS:
+    geometry, found = Geometry.transposed(plan, batch_last), []
+    filter_blocks, all_buffers = plan.index.shape[0] // FILTERS, (2, 3, 4) if batch_last else (2,)
+    for warps, parts, tiles, blocks, buffers in product(
+        _warps(limits), (16, 8, 4, 2, 1), (8, 4, 2, 1), (4, 2, 1), all_buffers
+    ):
+        if parts > warps or warps % parts or blocks > filter_blocks or (buffers - 1) * blocks > filter_blocks:
             continue
         for rect, groups in geometry.cuts(2 * parts * tiles, plan.input_shape[0]):
             spec = TensorSpec(
                 "grad_input", dtype, plan.pool.entries, warps, blocks, parts, tiles, rect, geometry.stride,
                 geometry.padding, geometry.tile(rect, groups, FILTERS * blocks),
-                vector=_vector(geometry, rect, 2 * parts * tiles),
+                vector=_vector(geometry, rect, 2 * parts * tiles), buffers=buffers, batch_last=batch_last,
             )  # fmt: skip
             found += _with_sums(spec, plan, limits)
     return found
@@ -105,9 +109,13 @@ def _with_sums(spec: TensorSpec, plan: Plan, limits: Limits) -> list[TensorSpec]
         most = min(channels, (limit - spec.shared_bytes) // of_channel)
         while most >= 1:
             even = ceil(channels / ceil(channels / most))
-            columns = max(1, min(MOST_TILES // spec.tiles, MOST_COLUMNS, ceil(_of_pattern(plan) * even / channels / 8)))
+            columns = max(
+                1, min(MOST_OF_JOB // spec.tiles, MOST_COLUMNS, ceil(_of_pattern(plan) * even / channels / 8))
+            )
             made = replace(spec, channels=even, columns=columns)
-            if made.shared_bytes + made.weight_bytes(_most_kept(plan, even)) <= limit:
+            kept = _most_kept(plan, even)
+            jobs = min(len(plan.pool), kept) + kept // (8 * columns)  # at most
+            if made.shared_bytes + made.weight_bytes(kept) + made.job_bytes(jobs) <= limit:
                 found.append(made)
                 break
             most = even - 1
@@ -119,61 +127,83 @@ def _of_pattern(plan: Plan) -> float:
     return plan.values_shape[0] / (plan.index.shape[0] * len(plan.pool))
 
 
-@cache
+_kept: WeakKeyDictionary[Plan, dict[int, int]] = WeakKeyDictionary()
+
+
 def _most_kept(plan: Plan, channels: int) -> int:
     """Return the most kernels that a filter keeps among the channels of a set."""
-    kept = (plan.index[::FILTERS] != PRUNED).numpy()
-    return max(int(kept[:, first : first + channels].sum(1).max()) for first in range(0, kept.shape[1], channels))
+    known = _kept.setdefault(plan, {})
+    if channels not in known:
+        kept, starts = (plan.index[::FILTERS] != PRUNED).numpy(), range(0, plan.index.shape[1], channels)
+        known[channels] = max(int(kept[:, start : start + channels].sum(1).max()) for start in starts)
+    return known[channels]
 
 
-def values_candidates(plan: Plan, dtype: Dtype, limits: Limits) -> list[TensorSpec]:
+def values_candidates(plan: Plan, dtype: Dtype, limits: Limits, batch_last: bool = False) -> list[TensorSpec]:
     """Return the ways to cut up the gradient of the values that are worth a thought."""
-    geometry, (filters, channels) = Geometry.forward(plan), plan.index.shape
+    geometry, filters = Geometry.forward(plan, batch_last), plan.index.shape[0]
     found = []
-    for warps, parts, blocks, tiles in product(_warps(limits), (8, 4, 2, 1), (8, 4, 2, 1), (6, 4, 2)):
+    cuts = sorted({cut for most in POSITIONS for cut in geometry.cuts(most, plan.input_shape[0])})
+    all_tiles = (6, 2) if batch_last else (6, 4, 2)
+    for warps, parts, blocks, tiles in product(_warps(limits), (8, 4, 2, 1), (8, 4, 2, 1), all_tiles):
         if parts > warps or warps % parts or blocks > filters // FILTERS:
             continue
-        cuts = {cut for most in POSITIONS for cut in geometry.cuts(most, plan.input_shape[0])}
-        for rect, groups in sorted(cuts):
+        for rect, groups in cuts:
             spec = TensorSpec(
                 "grad_values", dtype, plan.pool.entries, warps, blocks, parts, tiles, rect, geometry.stride,
                 geometry.padding, geometry.tile(rect, groups, 1), _output_tile(geometry, rect, groups, blocks),
+                batch_last=batch_last,
             )  # fmt: skip
-            found += _with_channels(spec, channels, limits)
+            found += _with_channels(spec, plan, limits)
     return found
 
 
 def _output_tile(geometry: Geometry, rect: Pair, groups: int, blocks: int) -> Tile:
     """Return the tile of dy: all units that a pair of positions reads, at odd pitches."""
-    positions = groups * rect[0] * rect[1]
-    width = read_width(gcd(geometry.target[1], rect[1]), rect[1])
+    pixels = rect[0] * rect[1]
+    group_pitch = geometry.group_pitch(pixels + pixels * groups % 2, groups) if geometry.batch_last else pixels
+    units = groups * group_pitch
+    width = 1 if geometry.batch_last else read_width(gcd(geometry.target[1], rect[1]), rect[1])
     whole = (rect[0] >= geometry.target[0], rect[1] >= geometry.target[1])
     return Tile(
-        blocks * FILTERS, groups, rect, rect[1], rect[0] * rect[1], following(positions + positions % 2, 1, 2),
+        blocks * FILTERS, groups, rect, rect[1], group_pitch, following(units + units % 2, 1, 2),
         (rect[0], rect[1] // width), whole, width,
     )  # fmt: skip
 
 
-def _with_channels(spec: TensorSpec, channels: int, limits: Limits) -> list[TensorSpec]:
+def _with_channels(spec: TensorSpec, plan: Plan, limits: Limits) -> list[TensorSpec]:
     """Return the specification with as many channels in a chunk as fit into shared memory once, twice, or 4 times.
 
-    Where the forward pass has all channels in one chunk, one buffer is enough.
+    Where the forward pass has all channels in one chunk, one buffer is enough. Batch last, more of them bring more
+    bytes on their way, and the products of one chunk hide the copy of another.
     """
-    found = []
-    for resident, single in product((1, 2, 4), (True, False)):
-        if resident > 1 and resident * spec.warps > RESIDENT_WARPS:
+    found, forward = [], spec.function == "forward"
+    many = () if not spec.batch_last else (3, 4, 6) if forward else (3,)
+    for resident, buffers, many_channels in product((1, 2, 4), (1, 2, *many), (True, False)):
+        if (resident > 1 and resident * spec.warps > RESIDENT_WARPS) or (
+            buffers == 1 and not (forward and many_channels)
+        ):
             continue
-        buffers = 1 if single and spec.function == "forward" else 2
-        fixed = UNIT_BYTES * (spec.zeros + buffers * (spec.output.units if spec.output else 0))
-        room = (limits.shared_bytes // resident - fixed) // (UNIT_BYTES * buffers * spec.input.channel_pitch)
-        most = min(channels if single else MOST_CHANNELS, channels, room)
-        if most < 1 or (buffers == 1 and most < channels):
-            continue
+        wanted = MOST_CHANNELS
+        if many_channels:
+            wanted = ceil(plan.input_shape[1] / max(1, buffers - 1)) if forward else plan.input_shape[1]
+        made = _with_chunks(replace(spec, buffers=buffers), wanted, plan, limits.shared_bytes // resident)
+        found += [one for one in made if buffers > 1 or one.input.channels == plan.input_shape[1]]
+    return list(dict.fromkeys(found))
+
+
+def _with_chunks(spec: TensorSpec, most: int, plan: Plan, limit: int) -> list[TensorSpec]:
+    """Return the specification with chunks of even size, at most so many channels, that fit; none if none does."""
+    channels = plan.input_shape[1]
+    fixed = UNIT_BYTES * (spec.zeros + spec.buffers * (spec.output.units if spec.output else 0))
+    most = min(most, channels, (limit - fixed) // (UNIT_BYTES * spec.buffers * spec.input.channel_pitch))
+    while most >= 1:
         even = ceil(channels / ceil(channels / most))
-        made = replace(spec, input=replace(spec.input, channels=even), buffers=buffers)
-        if made.shared_bytes <= limits.shared_bytes // resident:
-            found.append(made)
-    return found
+        made = replace(spec, input=replace(spec.input, channels=even))
+        if made.shared_bytes + made.weight_bytes(_most_kept(plan, even)) <= limit:
+            return [made]
+        most = even - 1
+    return []
 
 
 def _warps(limits: Limits) -> list[int]:
@@ -183,6 +213,8 @@ def _warps(limits: Limits) -> list[int]:
 def _vector(geometry: Geometry, rect: Pair, positions: int) -> int:
     """Return how many neighbouring pixels of a rectangle can be written at once: of a row, or of several whole ones."""
     rows, columns = geometry.target
+    if geometry.batch_last:
+        return 1
     for vector in (8, 4, 2):
         of_row = columns % vector == rect[1] % vector == 0
         of_rows = rect[1] == columns and rows % rect[0] == 0 == rect[0] * columns % vector

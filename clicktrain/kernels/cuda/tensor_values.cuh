@@ -24,30 +24,46 @@ __device__ __forceinline__ void copy_both(Unit* buffer, const Element* x, const 
   copy_tile(Output{}, buffer + Input::units, dy, out, first_filter, filter_count, images, filters, out_h, out_w);
 }
 
-// Add the products of a part of the pixels in a buffer; `rows` are the places of this lane's entries.
-__device__ __forceinline__ void accumulate(const Unit* buffer, int slot, int steps, const int (&rows)[TILES],
+// Add the products of a part of the pixels in a buffer; `rows` are the places of this lane's entries. How many steps
+// there are is known to the compiler, so that all matrices of a pair are on their way at once.
+template <int Steps>
+__device__ __forceinline__ void accumulate(const Unit* buffer, int slot, const int (&rows)[TILES],
                                            float (&sum)[TILES][2][4]) {
-  const int thread = thread_now(), lane = thread % 32, part = thread / 32 % PARTS;
-  const Unit* filter = buffer + Input::units + (slot * FILTERS + lane % 16) * Output::channel_pitch + lane / 16;
-  const int second = lane / 8 % 2;
+  const unsigned thread = unsigned(thread_now());
+  const int lane = thread % 32, part = thread / 32 % PARTS;
+  const Unit* filter = buffer + Input::units + (slot * FILTERS + lane % 16) * Output::channel_pitch;
+  const int of_dy = lane / 16, of_x = lane / 8 % 2;  // which pixel of a pair a lane has
   // Unrolled, the places of all pairs are constants, as far as one part's pairs are like the first one.
   constexpr int TURNS = (PAIRS + PARTS - 1) / PARTS;
-  constexpr bool ALIKE = alike(2 * PARTS) && RECT_COLUMNS % 2 == 0;
-  const Unit* const first = buffer + (ALIKE ? place_at(Input{}, 2 * part + second) : 0);
+  constexpr bool ALIKE = alike(2 * PARTS) && alike(2);
+  const Unit* const first = buffer + (ALIKE ? place_at(Input{}, 2 * part + of_x) : 0);
+  const Unit* entries[Steps];
+#pragma unroll
+  for (int i = 0; i < Steps; ++i) entries[i] = first + rows[i];
+  const Unit* const first_dy = filter + (ALIKE ? place_at<1, 1>(Output{}, 2 * part + of_dy) : 0);
 #pragma unroll(TURNS <= 16 ? TURNS : 1)
   for (int turn = 0; turn < TURNS; ++turn) {
     const int pair = turn * PARTS + part;
     if (pair >= PAIRS) break;
-    const Packed<unsigned, 4> a = load_matrices<false>(filter + 2 * pair);
-    const Unit* pixel = first + (ALIKE ? place_at(Input{}, 2 * PARTS * turn) : place_of(Input{}, 2 * pair + second));
+    const Unit* of_filter = first_dy + place_at<1, 1>(Output{}, ALIKE ? 2 * PARTS * turn : 2 * pair + of_dy);
+    const Packed<unsigned, 4> a = load_matrices<false>(of_filter);
+    const int pixel = ALIKE ? place_at(Input{}, 2 * PARTS * turn) : place_of(Input{}, 2 * pair + of_x);
 #pragma unroll
-    for (int i = 0; i < TILES; ++i) {
-      if (i >= steps) break;
-      const Packed<unsigned, 4> b = load_matrices<false>(pixel + rows[i]);
+    for (int i = 0; i < Steps; ++i) {
+      const Packed<unsigned, 4> b = load_matrices<false>(entries[i] + pixel);
       multiply_accumulate(sum[i][0], a, b.items[0], b.items[1], Element{});
       multiply_accumulate(sum[i][1], a, b.items[2], b.items[3], Element{});
     }
   }
+}
+
+template <int Steps>
+__device__ __forceinline__ void choose_steps(int steps, const Unit* buffer, int slot, const int (&rows)[TILES],
+                                             float (&sum)[TILES][2][4]) {
+  if (steps == Steps)
+    accumulate<Steps>(buffer, slot, rows, sum);
+  else if constexpr (Steps > 1)
+    choose_steps<Steps - 1>(steps, buffer, slot, rows, sum);
 }
 
 // `pieces` has the first block of filters and the first channel of each piece, `jobs` for each piece and job: its
@@ -77,20 +93,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     for (int j = 0; j < 8; ++j) sum[i][j / 4][j % 4] = 0.0f;
   }
 
-  clear(buffers, 2 * BUFFER);
-  int buffer = 0;
-  for (int walk = split - splits; walk < walks; walk += splits, buffer ^= 1) {
-    __syncthreads();
-#pragma unroll 1
-    for (int turn = 0; turn < 2; ++turn)
-      if (copies_now(turn)) {
-        if (walk + splits < walks)
-          copy_both(buffers + (buffer ^ 1) * BUFFER, x, dy, walk + splits, pieces[2 * piece] * FILTERS,
-                    pieces[2 * piece + 1], images, channels, in_h, in_w, filters, out_h, out_w, rects_h, rects_w);
-      } else if (walk >= 0 && slot >= 0) {
-        accumulate(buffers + buffer * BUFFER, slot, steps, rows, sum);
-      }
+  for (int buffer = 0; buffer < BUFFERS; ++buffer) {
+    clear_border(Input{}, buffers + buffer * BUFFER);
+    if (POSITIONS % 2) clear(buffers + buffer * BUFFER + Input::units, Output::units);
   }
+  const auto copy = [&](int turn, int buffer) {
+    copy_both(buffers + buffer * BUFFER, x, dy, split + turn * splits, pieces[2 * piece] * FILTERS,
+              pieces[2 * piece + 1], images, channels, in_h, in_w, filters, out_h, out_w, rects_h, rects_w);
+  };
+  pipeline((walks - split + splits - 1) / splits, copy, [&](int, int buffer) {
+    if (slot >= 0) choose_steps<TILES>(steps, buffers + buffer * BUFFER, slot, rows, sum);
+  });
   if (slot < 0) return;
 
   const int first = job[1], stride = strides[pieces[2 * piece] + slot];
@@ -108,12 +121,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   }
 }
 
-// Add up what shares and parts found, one after another, and round once.
+// Add up what shares and parts found, and round once. A warp adds every eighth of them, for 32 values; one adds the
+// warps' sums.
 extern "C" __global__ void __launch_bounds__(256)
     tensor_finish(const float* partial, Element* dvalues, int count, int shares) {
-  const int i = blockIdx.x * 256 + threadIdx.x;
-  if (i >= count) return;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, i = blockIdx.x * 32 + lane;
+  float* const sums = reinterpret_cast<float*>(shared_memory());
   float total = 0.0f;
-  for (int share = 0; share < shares; ++share) total += partial[share * count + i];
+  if (i < count)
+#pragma unroll 4
+    for (int share = warp; share < shares; share += 8) total += partial[share * count + i];
+  sums[threadIdx.x] = total;
+  __syncthreads();
+  if (warp || i >= count) return;
+#pragma unroll
+  for (int other = 1; other < 8; ++other) total += sums[other * 32 + lane];
   from_float(total, dvalues[i]);
 }

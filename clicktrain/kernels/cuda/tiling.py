@@ -1,29 +1,31 @@
-"""How a pass is cut up for a GPU: which patch a lane computes, how many filters and channels a block has."""
+"""How a convolution pass is cut up for a GPU: the patch of a lane, the filters and channels of a block."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import product
-from math import ceil, log, prod
+from math import ceil, exp, log
 
 import numpy as np
 
 from clicktrain.kernels.cpu.layer import Layer
-from clicktrain.kernels.cuda.codegen import ConvolutionSpec, Dtype, GradientSpec
+from clicktrain.kernels.cuda.codegen import ConvolutionSpec, Dtype
 from clicktrain.kernels.cuda.region import LANES, Pair, Region, Triple, conflicts, groups, lane_grids
 
 SUMS = 64
 """Outputs that a lane keeps in registers: with inputs and weights, 128 registers."""
-GRADIENT_SUMS = 64
-GRADIENT_WINDOW = 40
-"""Pixels of a window that a lane of the gradient keeps in registers beside its sums."""
 PAIRED_SHARE = 0.5
 """There is code for pairs of kernels with the same channel and pattern where at least this share of kernels has one."""
 CODE_BYTES = 24 << 10
 """Code of a sweep. On an H200 one of 43 KB missed the instruction cache a third of the time (a profile in
 bench/evidence/gpu_candidates.json, with the timings behind `estimate`)."""
 INSTRUCTION_BYTES = 16
+MANY_ENTRIES = 16
+"""With more weights in a kernel, they take a noteworthy part of the registers."""
 MAX_CHUNK = 64
+LIKELY_GRIDS = 12
+SKEWED = 1.3
+"""What more copying may cost where rows of patches are not skewed then: skew divides shapes."""
 WARPS = (32, 16, 8)
 RESIDENT = (1, 2, 4)
 THREADS_WITH_SUMS = {64: 512, 32: 1024}
@@ -86,6 +88,8 @@ def _most_threads(sums: int, layer: Layer) -> int:
     """Return how many threads a multiprocessor has registers for."""
     if layer.spread != (1, 1):  # a window pixel meets few taps: more of them are under way
         sums = min(SUMS, 2 * sums)
+    if layer.entries > MANY_ENTRIES:
+        sums = min(SUMS, sums + layer.entries)
     return next(threads for most, threads in sorted(THREADS_WITH_SUMS.items()) if sums <= most)
 
 
@@ -95,7 +99,7 @@ def code_bytes(spec: ConvolutionSpec) -> int:
     fma = pixels * spec.entries // (spec.spread[0] * spec.spread[1])
     loads = min(fma, spec.images * spec.region.window[0] * spec.region.window[1])
     lengths = (len(slots) * fma + loads + 10 for slots in spec.sets)
-    return INSTRUCTION_BYTES * len(spec.patterns) * sum(lengths)
+    return INSTRUCTION_BYTES * len(spec.shapes.reads) * sum(lengths)
 
 
 def shared_kernels(layer: Layer) -> float:
@@ -116,8 +120,10 @@ def estimate(spec: ConvolutionSpec, layer: Layer, images: int, limits: Limits) -
     loads = min(fma, window) + 2
     density = float(len(layer.kernels.filters)) / max(1, layer.filters * layer.channels)
     records = density * spec.slots * spec.channels  # of a warp in a chunk
-    copies = _copies(spec.region) * spec.channels
-    issue = spec.warps * records * (fma + loads + 12) + 3 * copies
+    kinds = len(spec.shapes.reads) * len(spec.sets)
+    runs = kinds * (1 - exp(-records / kinds))
+    copies = copy_cycles(spec.region) * spec.channels
+    issue = spec.warps * (records * (fma + loads + 8) + 25 * runs) + 3 * copies
     bandwidth = spec.warps * records * loads * conflicts(spec.region) + copies
     blocks = region_count(spec, layer, images) * ceil(layer.filters / spec.filters)
     resident = min(spec.resident, ceil(blocks / limits.multiprocessors))
@@ -126,7 +132,9 @@ def estimate(spec: ConvolutionSpec, layer: Layer, images: int, limits: Limits) -
     uneven = 1 + 0.25 * float(log(spec.warps + 1) / max(0.5, records)) ** 0.5
     hidden = min(1.0, resident * spec.warps / 32) ** 0.22
     chunk = max(issue / 4, bandwidth) * resident * uneven / hidden + 2500
-    return float(ceil(blocks / (limits.multiprocessors * resident)) * ceil(layer.channels / spec.channels) * chunk)
+    stores = 8 * spec.warps * spec.slots * pixels / spec.vector / 4
+    waves = ceil(blocks / (limits.multiprocessors * resident))
+    return float(waves * (ceil(layer.channels / spec.channels) * chunk + resident * stores))
 
 
 def region_count(spec: ConvolutionSpec, layer: Layer, images: int) -> int:
@@ -183,56 +191,6 @@ def shared_bytes(spec: ConvolutionSpec, weight_words: int, program_words: int) -
     return 4 * 2 * (weight_words + spec.channels * spec.region.words + program_words)
 
 
-def gradient_spec(layer: Layer, images: int, dtype: Dtype, limits: Limits) -> GradientSpec:
-    """Choose how the gradient of the values is cut up; `layer` is the forward pass."""
-    return gradient_candidates(layer, images, dtype, limits)[0]
-
-
-def gradient_candidates(layer: Layer, images: int, dtype: Dtype, limits: Limits) -> list[GradientSpec]:
-    """Return the ways to cut up the gradient of the values that are worth a thought, the likely best first."""
-    found = []
-    for pixels, most in product((16, 8), (8, 4, 3)):
-        tile, per_patch, lanes = _gradient_patch(layer, images, min(pixels, limits.lane_pixels))
-        kernels = max(1, min(most, GRADIENT_SUMS // layer.entries, layer.filters))
-        tasks = max(1, GRADIENT_SUMS // (kernels * layer.entries))
-        found.append(
-            gradient_cut(layer, dtype, tile, per_patch, lanes, tasks, kernels, min(16, limits.warps), 1, limits)
-        )
-    return list(dict.fromkeys(found))
-
-
-def gradient_cut(
-    layer: Layer, dtype: Dtype, tile: Pair, per_patch: int, lanes: Triple, tasks: int, task_kernels: int, warps: int,
-    resident: int, limits: Limits,
-) -> GradientSpec:  # fmt: skip
-    """Return a specification with as many filters and channels as fit; tiles and lanes must divide the output."""
-    window = tuple((t - 1) * s + layer.kernel_size for t, s in zip(tile, layer.stride, strict=True))
-    step = (tile[0] * layer.stride[0], tile[1] * layer.stride[1])
-    spec = GradientSpec(
-        dtype, layer.kernel_size, layer.patterns, warps, tasks, task_kernels, tile,
-        x=Region(lanes, per_patch, (window[0], window[1]), step), dy=_dy_region(layer, lanes, per_patch, tile),
-        planes=(prod(layer.in_size), prod(layer.out_size)), start=(-layer.padding[0], -layer.padding[1]), filters=1,
-        channels=1, resident=resident,
-    )  # fmt: skip
-    return _with_operands(spec, layer, limits)
-
-
-def gradient_shared_bytes(spec: GradientSpec) -> int:
-    """Return the shared memory of a block: two buffers of windows and patches, and the tasks."""
-    buffer = ceil(spec.channels * spec.x.words / 4) * 4 + spec.filters * spec.dy.words
-    return 4 * (2 * buffer + spec.warps * spec.tasks * spec.task_words)
-
-
-def splits(pieces: int, regions: int, resident: int, limits: Limits) -> int:
-    """Return into how many parts the regions are divided: the fewest regions that any multiprocessor works through."""
-    slots = resident * limits.multiprocessors
-
-    def rounds(parts: int) -> int:
-        return ceil(pieces * parts / slots) * (ceil(regions / parts) + 2)  # 2: start, and sums at the end
-
-    return min(range(1, min(regions, ceil(4 * slots / max(1, pieces))) + 1), key=rounds)
-
-
 @dataclass(frozen=True)
 class _Window:
     """Along one axis; see `ConvolutionSpec`."""
@@ -272,62 +230,29 @@ def _tiles(size: Pair, pixels: int, spread: Pair) -> list[Pair]:
     return sorted(found)
 
 
-def _copies(region: Region) -> float:
+def copy_cycles(region: Region) -> float:
     """Return about how many cycles of shared memory it takes to copy a region: rows are read in sectors of 8 words."""
     images, rows, columns = region.size
     return images * rows * (columns + 8) / LANES * 1.5
 
 
 def _lanes(layer: Layer, tile: Pair, per_patch: int, images: int) -> Triple:
-    """Return the grid of lanes with the least to copy and compute."""
+    """Return the grid of lanes with the least to copy and compute, conflicts and skew counted."""
     tiles, patches = tile_count(layer.out_size, tile), ceil(images / per_patch)
     axes = [_window(layer, axis, tile[axis], trim=True) for axis in range(2)]
 
+    def region(lanes: Triple) -> Region:
+        return Region(lanes, per_patch, (axes[0].size, axes[1].size), (axes[0].step, axes[1].step))
+
     def cost(lanes: Triple) -> float:
-        region = Region(lanes, per_patch, (axes[0].size, axes[1].size), (axes[0].step, axes[1].step))
-        return groups(lanes, tiles, patches) * (200 + _copies(region))
+        return groups(lanes, tiles, patches) * (200 + copy_cycles(region(lanes)))
 
-    return min(lane_grids(tiles, patches, exact=False), key=cost)
+    def exact_cost(lanes: Triple) -> float:
+        made = region(lanes)
+        return cost(lanes) * conflicts(made) * (SKEWED if made.skew else 1)
 
-
-def _gradient_patch(layer: Layer, images: int, pixels: int) -> tuple[Pair, int, Triple]:
-    """Return tile, images and lanes for the gradient: the least to load and copy for all outputs."""
-
-    def regions(choice: tuple[Pair, int, Triple]) -> tuple[Region, Region]:
-        tile, per_patch, lanes = choice
-        rows, columns = ((t - 1) * s + layer.kernel_size for t, s in zip(tile, layer.stride, strict=True))
-        step = (tile[0] * layer.stride[0], tile[1] * layer.stride[1])
-        return Region(lanes, per_patch, (rows, columns), step), _dy_region(layer, lanes, per_patch, tile)
-
-    def cost(choice: tuple[Pair, int, Triple], count_conflicts: bool) -> float:
-        (tile, per_patch, lanes), (x, dy) = choice, regions(choice)
-        x_factor, dy_factor = (conflicts(x), conflicts(dy)) if count_conflicts else (1, 1)
-        # For about 6 kernels of a task; 20: what a patch costs anyway.
-        loads = per_patch * (_gradient_window(layer, tile) * x_factor + 6 * tile[0] * tile[1] * dy_factor) + 20
-        count = groups(lanes, tile_count(layer.out_size, tile), ceil(images / per_patch))
-        return count * (10 * loads + _copies(x) + 3 * _copies(dy))
-
-    rows, columns = ([t for t in range(1, min(size, pixels) + 1) if size % t == 0] for size in layer.out_size)
-    choices = [
-        ((r, c), per_patch, lanes)
-        for r, c in product(rows, columns)
-        if r * c <= pixels and _gradient_window(layer, (r, c)) <= max(GRADIENT_WINDOW, layer.kernel_size**2)
-        for per_patch in (8, 4, 2, 1)
-        if per_patch == 1 or per_patch <= min(images, pixels // (r * c))
-        for lanes in lane_grids(tile_count(layer.out_size, (r, c)), ceil(images / per_patch), exact=True)
-    ]
-    # Conflicts take long to compute: only for the ten that would be best without.
-    return min(sorted(choices, key=lambda c: cost(c, False))[:10], key=lambda c: cost(c, True))
-
-
-def _dy_region(layer: Layer, lanes: Triple, per_patch: int, tile: Pair) -> Region:
-    vector = 4 if tile[1] % 4 == 0 and layer.out_size[1] % 4 == 0 else 1
-    return Region(lanes, per_patch, tile, tile, vector)
-
-
-def _gradient_window(layer: Layer, tile: Pair) -> int:
-    rows, columns = ((t - 1) * s + layer.kernel_size for t, s in zip(tile, layer.stride, strict=True))
-    return rows * columns
+    # Conflicts take long to compute: only for the ones that would be best without.
+    return min(sorted(lane_grids(tiles, patches, exact=False), key=cost)[:LIKELY_GRIDS], key=exact_cost)
 
 
 def _with_channels(spec: ConvolutionSpec, layer: Layer, limits: Limits) -> ConvolutionSpec:
@@ -337,13 +262,3 @@ def _with_channels(spec: ConvolutionSpec, layer: Layer, limits: Limits) -> Convo
     channels = max(1, min(MAX_CHUNK, layer.channels, (limits.shared_of(spec.resident) // 4 - fixed) // words))
     chunks = ceil(layer.channels / channels)
     return replace(spec, channels=ceil(layer.channels / chunks))
-
-
-def _with_operands(spec: GradientSpec, layer: Layer, limits: Limits) -> GradientSpec:
-    """Return the specification with filters and channels that fit, about as many floats of one as of the other."""
-    budget = limits.shared_of(spec.resident) // 8 - spec.warps * spec.tasks * spec.task_words - 4
-    window, patch = spec.x.words, spec.dy.words
-    channels = max(1, min(layer.channels, budget // 2 // window))
-    filters = max(1, min(layer.filters, (budget - channels * window) // patch))
-    channels = max(1, min(layer.channels, (budget - filters * patch) // window))
-    return replace(spec, channels=channels, filters=filters)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -19,7 +19,7 @@ from clicktrain.errors import BackendUnavailable, InvalidArgument
 from clicktrain.files import write_atomic
 from clicktrain.kernels import build
 from clicktrain.kernels.cpu.layer import Layer
-from clicktrain.kernels.cuda import codegen, tiling
+from clicktrain.kernels.cuda import codegen, gradient_tiling, tiling
 from clicktrain.kernels.cuda.codegen import ConvolutionSpec, Dtype, GradientSpec
 from clicktrain.kernels.cuda.launch import compile_ahead
 from clicktrain.kernels.cuda.region import Pair
@@ -32,6 +32,7 @@ FLUSH_BYTES = 128 << 20
 
 Spec = ConvolutionSpec | GradientSpec
 S = TypeVar("S", ConvolutionSpec, GradientSpec)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,40 @@ class Choice:
     tasks: int = 0
 
 
-_choices: dict[str, Choice] = {}
+@dataclass(frozen=True)
+class TensorChoice:
+    """The same for a pass on tensor cores: what of a `TensorSpec` does not follow from the layer.
+
+    Attributes
+    ----------
+    rect : (int, int)
+        Rows and columns of a rectangle of positions.
+    groups : int
+        Groups of 8 images.
+    warps, blocks, parts, tiles, columns, buffers : int
+        As in `TensorSpec`.
+    channels : int
+        Of a chunk.
+    sums : int
+        Input gradient: channels of a block of threads.
+    """
+
+    rect: Pair
+    groups: int
+    warps: int
+    blocks: int
+    parts: int
+    tiles: int
+    channels: int
+    sums: int
+    columns: int
+    buffers: int
+
+
+C = TypeVar("C", Choice, TensorChoice)
+_choices: dict[str, Choice | TensorChoice] = {}
+_specs: dict[tuple[str, Choice | TensorChoice], Any] = {}
+"""What choices mean: to think through all ways to cut up a pass takes a second."""
 
 
 def choices() -> dict[str, dict[str, Any]]:
@@ -82,16 +116,17 @@ def use_choices(made: Mapping[str, Mapping[str, Any]]) -> None:
 def forget() -> None:
     """Drop all choices."""
     _choices.clear()
+    _specs.clear()
 
 
 def convolution_spec(layer: Layer, images: int, dtype: Dtype, limits: Limits) -> ConvolutionSpec:
     """Return how to cut up a convolution pass: as tuned, imported or chosen before, else as estimated."""
-    return _spec(layer, images, dtype, limits, tiling.convolution_spec, tiling.candidates)
+    return _spec(ConvolutionSpec, layer, images, dtype, limits, tiling.convolution_spec, tiling.candidates)
 
 
 def gradient_spec(layer: Layer, images: int, dtype: Dtype, limits: Limits) -> GradientSpec:
     """Return how to cut up the gradient of the values, likewise."""
-    return _spec(layer, images, dtype, limits, tiling.gradient_spec, tiling.gradient_candidates)
+    return _spec(GradientSpec, layer, images, dtype, limits, gradient_tiling.spec, gradient_tiling.candidates)
 
 
 def likely(layer: Layer, images: int, dtype: Dtype, limits: Limits) -> list[ConvolutionSpec]:
@@ -104,7 +139,7 @@ def likely(layer: Layer, images: int, dtype: Dtype, limits: Limits) -> list[Conv
     return [spec for spec in ordered if spec in different.values()][:CANDIDATES]
 
 
-def fastest(specs: Sequence[S], run: Callable[[S], Callable[[], object]]) -> S:
+def fastest(specs: Sequence[T], run: Callable[[T], Callable[[], object]]) -> T:
     """Return the specification whose runs have the smallest median, all measured in turn.
 
     Parameters
@@ -122,6 +157,7 @@ def fastest(specs: Sequence[S], run: Callable[[S], Callable[[], object]]) -> S:
     for _ in range(ROUNDS + 1):  # the first round warms up
         for launch, times in zip(launches, samples, strict=True):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            launch()  # so that nothing of the one before is timed: see `clicktrain.timing`
             flush.zero_()
             start.record()
             launch()
@@ -143,13 +179,56 @@ def tune(
 ) -> None:
     """Choose the fastest way to cut up a pass: as found on disk, or else measured and written there."""
     key = fingerprint(layer, images, dtype, limits, kind)
+    measure(key, lambda: candidates(layer, images, dtype, limits), codegen.unit, choice_of, run)
+
+
+def measure(
+    key: str,
+    candidates: Callable[[], list[Any]],
+    unit: Callable[[Any], str],
+    choice: Callable[[Any], Choice | TensorChoice],
+    run: Callable[[Any], Callable[[], object]],
+) -> None:
+    """Choose the fastest of some specifications for a fingerprint, which have texts and are made from choices."""
     if (known := _read(key)) is not None:
         _choices[key] = known
         return
-    specs = candidates(layer, images, dtype, limits)
-    compile_ahead(map(codegen.unit, specs))
-    _choices[key] = choice_of(fastest(specs, run))
+    specs = candidates()
+    compile_ahead(map(unit, specs))
+    _remember(key, choice(best := fastest(specs, run)), best)
     _write(key, _choices[key])
+
+
+def chosen(
+    key: str,
+    estimated: Callable[[], T],
+    candidates: Callable[[], Iterable[T]],
+    choice: Callable[[T], Choice | TensorChoice],
+) -> T:
+    """Return the specification for a fingerprint: as chosen before, else as estimated, which is remembered."""
+    if key not in _choices:
+        spec = estimated()
+        _remember(key, choice(spec), spec)
+    elif (key, _choices[key]) not in _specs:
+        found = next((spec for spec in candidates() if choice(spec) == _choices[key]), None)
+        _specs[key, _choices[key]] = found or estimated()
+    return cast(T, _specs[key, _choices[key]])
+
+
+def _remember(key: str, choice: Choice | TensorChoice, spec: object) -> None:
+    _choices[key] = choice
+    _specs[key, choice] = spec
+
+
+def knows(key: str) -> bool:
+    """Return whether there is a choice for a fingerprint."""
+    return key in _choices
+
+
+def remembered(key: str, estimated: C) -> C:
+    """Return the choice for a fingerprint; from now on the estimated one, if there is none, or one of another kind."""
+    choice = _choices.setdefault(key, estimated)
+    return choice if isinstance(choice, type(estimated)) else estimated
 
 
 def choice_of(spec: Spec) -> Choice:
@@ -170,6 +249,7 @@ def fingerprint(layer: Layer, images: int, dtype: Dtype, limits: Limits, kind: t
 
 
 def _spec(
+    kind: type[S],
     layer: Layer,
     images: int,
     dtype: Dtype,
@@ -177,22 +257,23 @@ def _spec(
     estimated: Callable[[Layer, int, Dtype, Limits], S],
     all_candidates: Callable[[Layer, int, Dtype, Limits], list[S]],
 ) -> S:
-    spec = estimated(layer, images, dtype, limits)
-    key = fingerprint(layer, images, dtype, limits, type(spec))
-    choice = _choices.setdefault(key, choice_of(spec))
-    if choice == choice_of(spec):
-        return spec
-    found = (spec for spec in all_candidates(layer, images, dtype, limits) if choice_of(spec) == choice)
-    return next(found, spec)
+    context = layer, images, dtype, limits
+    key = fingerprint(*context, kind)
+    return chosen(key, lambda: estimated(*context), lambda: all_candidates(*context), choice_of)
 
 
-def _parsed(key: str, fields: Mapping[str, Any]) -> Choice:
+def _parsed(key: str, fields: Mapping[str, Any]) -> Choice | TensorChoice:
     try:
+        if "rect" in fields:
+            rows, columns = (int(size) for size in fields["rect"])
+            names = [name for name in TensorChoice.__dataclass_fields__ if name != "rect"]
+            return TensorChoice((rows, columns), **{name: int(fields[name]) for name in names})
         rows, columns = (int(size) for size in fields["tile"])
         numbers = {name: int(fields[name]) for name in ("images", "warps", "resident", "slots", "tasks")}
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidArgument(
-            f"choice {key}={fields!r}: expected tile, images, warps, resident, slots and tasks"
+            f"choice {key}={fields!r}: expected tile, images, warps, resident, slots and tasks; or for tensor cores "
+            f"{', '.join(TensorChoice.__dataclass_fields__)}"
         ) from error
     return Choice((rows, columns), **numbers)
 
@@ -202,14 +283,14 @@ def _file(key: str) -> str:
     return f"choice-{key}-{hashlib.sha256(device.encode()).hexdigest()[:16]}.json"
 
 
-def _read(key: str) -> Choice | None:
+def _read(key: str) -> Choice | TensorChoice | None:
     try:
         return _parsed(key, json.loads((build.cache_directory() / _file(key)).read_text()))
     except (BackendUnavailable, InvalidArgument, OSError, ValueError):
         return None
 
 
-def _write(key: str, choice: Choice) -> None:
+def _write(key: str, choice: Choice | TensorChoice) -> None:
     try:
         write_atomic(build.cache_directory() / _file(key), json.dumps(asdict(choice)))
     except (BackendUnavailable, OSError):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clicktrain.kernels.cpu.layer import Layer
-from clicktrain.kernels.cuda import backend, tiling
+from clicktrain.kernels.cuda import backend, gradient_tiling, tiling
 from clicktrain.kernels.cuda.codegen import ConvolutionSpec, Dtype, GradientSpec
 from clicktrain.patterns import PatternPool, all_patterns, full_pool, official_pool
 from tests.kernels.cases import Case, expected, relative_error
@@ -58,10 +58,10 @@ class Configuration:
 
     def gradient(self, layer: Layer, dtype: Dtype) -> GradientSpec:
         """Return the specification for the gradient of the values."""
-        made = tiling.gradient_cut(
-            layer, dtype, self.patch, self.images, (3, 1, 1), 2, 3, self.warps, 1, tiling.Limits(64 << 10, 4)
+        made = gradient_tiling.cut(
+            layer, dtype, self.patch, self.images, (3, 1, 1), 2, 3, self.warps, tiling.Limits(64 << 10, 4)
         )
-        return replace(made, filters=3, channels=self.channels, planes=(0, 0))
+        return replace(made, filters=3, channels=self.channels, planes=(0, 0), grid=(0, 0))
 
     @contextmanager
     def used(self) -> Iterator[None]:
@@ -70,7 +70,7 @@ class Configuration:
             patch.setattr(
                 tiling, "convolution_spec", lambda layer, images, dtype, limits: self.convolution(layer, dtype)
             )
-            patch.setattr(tiling, "gradient_spec", lambda layer, images, dtype, limits: self.gradient(layer, dtype))
+            patch.setattr(gradient_tiling, "spec", lambda layer, images, dtype, limits: self.gradient(layer, dtype))
             backend.forget()
             yield
         backend.forget()
@@ -109,10 +109,12 @@ NARROW = ("squares", "squares, stride 2", "twelve patterns, much padding", "poin
 """Configurations that are tried in float16 and bfloat16 too."""
 
 
-def run(case: Case, dtype: Dtype = "float32") -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return what the three functions give for a case and what they should give."""
+def run(case: Case, dtype: Dtype = "float32", batch_last: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return what the three functions give for a case, in a format, and what they should give."""
     made, *operands = case.operands()
     x, values, dy = (operand.to(getattr(torch, dtype)) for operand in operands)
+    if batch_last:
+        x, dy = backend.as_batch_last(x), backend.as_batch_last(dy)
     got = {
         "forward": backend.forward(x, values, made),
         "grad_input": backend.grad_input(dy, values, made),
@@ -121,9 +123,9 @@ def run(case: Case, dtype: Dtype = "float32") -> tuple[dict[str, Tensor], dict[s
     return got, expected(made, x, values, dy)
 
 
-def check(case: Case, dtype: Dtype = "float32") -> int:
+def check(case: Case, dtype: Dtype = "float32", batch_last: bool = False) -> int:
     """Compare all three functions with the reference; return how many that were."""
-    got, want = run(case, dtype)
+    got, want = run(case, dtype, batch_last)
     for name, result in got.items():
         assert relative_error(result.double(), want[name]) < TOLERANCES[dtype], f"{name} in {dtype} of {case}"
     return len(got)

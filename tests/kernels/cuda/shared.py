@@ -44,6 +44,8 @@ class Configuration:
         Pixels that are read at once, at most: widths of x and y are multiples of it.
     vector : int
         Pixels that are written at once; 0: as many as are read, up to 2.
+    buffers : int
+        Of images that are batch last.
     """
 
     pool: PatternPool
@@ -58,6 +60,7 @@ class Configuration:
     channels: int = 3
     columns: int = 1
     vector: int = 0
+    buffers: int = 3
 
     @contextmanager
     def used(self) -> Iterator[None]:
@@ -69,46 +72,49 @@ class Configuration:
             yield
         backend.forget()
 
-    def _geometry(self, stride: Pair, spread: Pair, padding: Pair) -> Geometry:
+    def _geometry(self, stride: Pair, spread: Pair, padding: Pair, batch_last: bool) -> Geometry:
         """Return a geometry of images so large that no rectangle holds all of them."""
         size = (999, {1: 999, 2: 998, 4: 996}[self.width])
-        return Geometry(size, size, stride, spread, padding, self.pool.kernel_size)
+        return Geometry(size, size, stride, spread, padding, self.pool.kernel_size, batch_last)
 
     def _positions(self) -> int:
         return self.groups * self.rect[0] * self.rect[1]
 
-    def forward_spec(self, made: Plan, dtype: Dtype, limits: object) -> TensorSpec:
+    def forward_spec(self, made: Plan, dtype: Dtype, limits: object, batch_last: bool = False) -> TensorSpec:
         """Return the specification of the forward pass."""
-        geometry = self._geometry(self.stride, (1, 1), self.padding)
+        geometry = self._geometry(self.stride, (1, 1), self.padding, batch_last)
         tiles = -(-self._positions() // self.parts)
         return TensorSpec(
             "forward", dtype, self.pool.entries, self.warps, self.warps // self.parts, self.parts, tiles + tiles % 2,
             self.rect, self.stride, self.padding, geometry.tile(self.rect, self.groups, self.channels),
-            vector=self.vector or min(2, self.width),
+            vector=1 if batch_last else self.vector or min(2, self.width), batch_last=batch_last,
+            buffers=self.buffers if batch_last else 2,
         )  # fmt: skip
 
-    def input_spec(self, made: Plan, dtype: Dtype, limits: object) -> TensorSpec:
+    def input_spec(self, made: Plan, dtype: Dtype, limits: object, batch_last: bool = False) -> TensorSpec:
         """Return the specification of the input gradient."""
         last = self.pool.kernel_size - 1
         padding = (last - self.padding[0], last - self.padding[1])
-        geometry = self._geometry((1, 1), self.stride, padding)
+        geometry = self._geometry((1, 1), self.stride, padding, batch_last)
         return TensorSpec(
             "grad_input", dtype, self.pool.entries, self.warps, self.blocks, self.parts,
             -(-self._positions() // (2 * self.parts)), self.rect, (1, 1), padding,
             geometry.tile(self.rect, self.groups, 16 * self.blocks), channels=2 * self.channels, columns=self.columns,
-            vector=self.vector or min(2, self.width),
+            vector=1 if batch_last else self.vector or min(2, self.width), batch_last=batch_last,
+            buffers=self.buffers if batch_last else 2,
         )  # fmt: skip
 
-    def values_spec(self, made: Plan, dtype: Dtype, limits: object) -> TensorSpec:
+    def values_spec(self, made: Plan, dtype: Dtype, limits: object, batch_last: bool = False) -> TensorSpec:
         """Return the specification of the gradient of the values."""
-        geometry = self._geometry(self.stride, (1, 1), self.padding)
+        geometry = self._geometry(self.stride, (1, 1), self.padding, batch_last)
         return TensorSpec(
             "grad_values", dtype, self.pool.entries, self.warps, self.blocks, self.parts, 2, self.rect, self.stride,
             self.padding, geometry.tile(self.rect, self.groups, self.channels),
-            tensor_tiling._output_tile(geometry, self.rect, self.groups, self.blocks),
+            tensor_tiling._output_tile(geometry, self.rect, self.groups, self.blocks), batch_last=batch_last,
+            buffers=self.buffers if batch_last else 2,
         )  # fmt: skip
 
-    def draw(self, random: np.random.Generator) -> SharedCase:
+    def draw(self, random: np.random.Generator, batch_last: bool = False) -> SharedCase:
         """Draw a small convolution of any shape."""
         k, sizes = self.pool.kernel_size, []
         for stride, padding, rect in zip(self.stride, self.padding, self.rect, strict=True):
@@ -120,9 +126,10 @@ class Configuration:
             sizes[1] = multiple * int(random.integers(least, least + 2))
         filters, channels = 16 * int(random.integers(1, 4)), int(random.integers(1, 12))
         density = float(random.choice((0.0, 0.1, 0.3, 0.6, 1.0), p=(0.05, 0.2, 0.3, 0.25, 0.2)))
+        images = 8 * int(random.integers(1, 5)) if batch_last else int(random.integers(8, 20))
         return SharedCase(
-            self.pool, filters, channels, int(random.integers(8, 20)), (sizes[0], sizes[1]), self.stride, self.padding,
-            density, int(random.integers(0, 2**32)),
+            self.pool, filters, channels, images, (sizes[0], sizes[1]), self.stride, self.padding, density,
+            int(random.integers(0, 2**32)),
         )  # fmt: skip
 
     def small(self, **other: object) -> Configuration:
@@ -150,3 +157,22 @@ CONFIGURATIONS = {
     "pointwise, stride 2": Configuration(full_pool(1), padding=(0, 0), stride=(2, 2), rect=(1, 2), channels=6),
     "five by five": Configuration(full_pool(5), padding=(2, 2), rect=(1, 1), channels=2),
 }
+BATCH_LAST = {
+    "squares": Configuration(official_pool(4), rect=(2, 3), buffers=4),
+    "squares, two groups": Configuration(official_pool(4), rect=(1, 2), groups=2, warps=4, parts=2, columns=2),
+    "squares, four groups": Configuration(
+        official_pool(4), rect=(2, 1), groups=4, warps=4, parts=4, channels=4, buffers=2
+    ),
+    "squares, three groups": Configuration(official_pool(4), rect=(3, 1), groups=3, warps=2, blocks=1),
+    "squares, eight groups": Configuration(official_pool(4), rect=(1, 1), groups=8, warps=4, parts=2, channels=5),
+    "squares, stride 2": Configuration(official_pool(4), stride=(2, 2), rect=(2, 2), groups=2, warps=4, parts=2),
+    "single taps, much padding": Configuration(all_patterns(1), padding=(3, 2), rect=(1, 3), channels=5, blocks=3),
+    "nine taps, no padding": Configuration(all_patterns(9), padding=(0, 0), rect=(1, 2), groups=2, channels=2),
+    "odd entries, mixed strides": Configuration(
+        PatternPool(tuple(all_patterns(3))[::20]), stride=(1, 2), padding=(1, 0), rect=(3, 1), buffers=2
+    ),
+    "pointwise": Configuration(full_pool(1), padding=(0, 0), rect=(2, 2), groups=2, channels=7, columns=2, buffers=4),
+    "pointwise, stride 2": Configuration(full_pool(1), padding=(0, 0), stride=(2, 2), rect=(1, 2), channels=6),
+    "five by five": Configuration(full_pool(5), padding=(2, 2), rect=(1, 1), groups=2, channels=2),
+}
+"""The same for images that are batch last; `draw` knows it."""

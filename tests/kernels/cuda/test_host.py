@@ -117,8 +117,8 @@ MUTANTS = {
     "one buffer for two groups": ("(buffer ^ 1) * BUFFER", "buffer * BUFFER"),
     "reads below the image": (" && x_row < in_h && ", " && "),
     "reads beyond the last image": ("x_image < images && x_row >= 0", "x_row >= 0"),
-    "the gradient reads below the image": (" && row + r < height && ", " && "),
-    "the gradient reads beyond the last image": ("image + i < images && row + r >= 0", "row + r >= 0"),
+    "the gradient reads below the image": (" && row + r < batch.height && ", " && "),
+    "the gradient reads beyond the last image": ("image + i < batch.images && row + r >= 0", "row + r >= 0"),
     "writes beyond the last image": ("if (patch.image + image * LANE_IMAGES >= images) continue;", ""),
     "writes below the image": ("if (top + row >= out_h) continue;", ""),
     "writes right of the image": ("if (left + column >= out_w) continue;", ""),
@@ -126,6 +126,8 @@ MUTANTS = {
     "lanes without a patch are counted": ("  if (lane >= SEATS) {", "  if (false) {"),
     "the region of another chunk": ("order + channel, first", "order, first"),
     "a diverging barrier": ("    __syncthreads();", "    if (lane) __syncthreads();"),
+    "a kernel's window of another pattern": ("x + task[2];", "x + task[2] + 1;"),
+    "a window of another channel": ("corner + place;", "corner + (place > 0 ? place - 1 : 0);"),
 }  # fmt: skip
 
 

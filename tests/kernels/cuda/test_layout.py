@@ -9,7 +9,7 @@ import torch
 from clicktrain.assignment import assign
 from clicktrain.kernels import plan
 from clicktrain.kernels.cpu.layer import Layer
-from clicktrain.kernels.cuda import layout, tiling
+from clicktrain.kernels.cuda import gradient_tiling, layout, tiling
 from clicktrain.patterns import official_pool
 from tests.kernels.cases import Case
 from tests.kernels.cuda.configurations import CONFIGURATIONS
@@ -66,7 +66,7 @@ def test_tasks_hold_every_kernel_once():
 
 def test_warps_get_tasks_of_about_the_same_size():
     layer = Layer.forward(Case(official_pool(4), 32, 24, 2, (8, 8), (1, 1), (1, 1), 0.3, seed=2).plan())
-    spec = tiling.gradient_cut(layer, "float32", (4, 4), 1, (2, 2, 2), 4, 4, 8, 1, tiling.Limits(227 << 10, 132))
+    spec = gradient_tiling.cut(layer, "float32", (4, 4), 1, (2, 2, 2), 4, 4, 8, tiling.Limits(227 << 10, 132))
     made = layout.tasks(layer, spec)
     kernels = (made.words[..., 1::3] >= 0).sum((1, 3))  # of each piece and warp
     assert (kernels.max(1) <= 1.2 * kernels.mean(1)).all()

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from clicktrain.kernels.cpu.layer import Layer
-from clicktrain.kernels.cuda import codegen, tiling
+from clicktrain.kernels.cuda import codegen, gradient_tiling, tiling
 from clicktrain.patterns import full_pool, official_pool
 from tests.kernels.cases import Case
 from tests.kernels.cuda import nvrtc
@@ -42,8 +42,8 @@ def compile_unit(name, function, dtype, gpu):
     case = LAYERS[name]
     layer = Layer.transposed(case.plan()) if function == "grad_input" else Layer.forward(case.plan())
     if function == "gradient":
-        spec = tiling.gradient_spec(layer, case.images, dtype, GPUS[gpu])
-        shared = tiling.gradient_shared_bytes(spec)
+        spec = gradient_tiling.spec(layer, case.images, dtype, GPUS[gpu])
+        shared = gradient_tiling.shared_bytes(spec)
     else:
         spec = tiling.convolution_spec(layer, case.images, dtype, GPUS[gpu])
         shared = tiling.shared_bytes(spec, 0, 0)

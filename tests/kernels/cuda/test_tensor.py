@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -22,13 +23,16 @@ from tests.kernels.cases import expected, relative_error
 from tests.kernels.cuda import nvrtc
 from tests.kernels.cuda.configurations import TOLERANCES, check, run
 from tests.kernels.cuda.host import Fault, HostLauncher, compiled, host_unit, kernel_text, on_host
-from tests.kernels.cuda.shared import CHOICES, CONFIGURATIONS, SharedCase
+from tests.kernels.cuda.shared import BATCH_LAST, CHOICES, CONFIGURATIONS, SharedCase
 
 NARROW = ("float16", "bfloat16")
 FUNCTIONS = ("forward", "grad_input", "grad_values")
 CASES = 8
 """Convolutions for each configuration and type; each is three kernel runs."""
+GRID = {name: (used, False) for name, used in CONFIGURATIONS.items()}
+GRID |= {f"batch last: {name}": (used, True) for name, used in BATCH_LAST.items()}
 SQUARES = official_pool(4)
+ONE = PatternPool(tuple(SQUARES)[:1])
 USED = CONFIGURATIONS["squares, stride 2"].small(stride=(1, 1), blocks=4, channels=6)
 CASE = SharedCase(SQUARES, 80, 17, 17, (3, 5), (1, 1), (1, 1), 0.6, seed=8)
 """Several chunks of channels, sets, blocks of filters, groups and shares, cut unevenly, and warps of unequal work."""
@@ -36,37 +40,37 @@ WIDE = Limits(shared_bytes=48 << 10, multiprocessors=4, warps=4)
 seen: Counter[str] = Counter()
 
 
-def texts(used, case, dtype):
+def texts(used, case, dtype, batch_last):
     """Return the units of a configuration."""
     made = case.plan()
-    return [tensor_text.unit(getattr(used, choice)(made, dtype, None)) for choice in CHOICES]
+    return [tensor_text.unit(getattr(used, choice)(made, dtype, None, batch_last)) for choice in CHOICES]
 
 
 @pytest.fixture(scope="module")
 def all_units(units):
     """Compile the units of all configurations, two at a time."""
     wanted = []
-    for used in CONFIGURATIONS.values():
+    for used, batch_last in GRID.values():
         case = used.draw(np.random.default_rng(0))
-        wanted += [text for dtype in NARROW for text in texts(used, case, dtype)]
+        wanted += [text for dtype in NARROW for text in texts(used, case, dtype, batch_last)]
     compiled(host_unit(wanted[0]), units)  # with the header that all share
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda text: compiled(host_unit(text), units), wanted))
 
 
 @pytest.mark.parametrize("dtype", NARROW)
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize("name", GRID)
 def test_random_convolutions(name, dtype, launcher, all_units):
-    used, random = CONFIGURATIONS[name], np.random.default_rng(len(name))
+    (used, batch_last), random = GRID[name], np.random.default_rng(len(name))
     with on_host(launcher), used.used():
         for _ in range(CASES):
-            seen[dtype] += check(used.draw(random), dtype)
+            seen[dtype] += check(used.draw(random, batch_last), dtype, batch_last)
     assert len(launcher.texts) <= 3
-    assert all("tensor_" in text for text in launcher.texts)
+    assert all(f"constexpr int BATCH_LAST = {int(batch_last)};" in text for text in launcher.texts)
 
 
-def test_there_were_five_hundred_runs():
-    assert sum(seen.values()) >= 500
+def test_there_were_a_thousand_runs():
+    assert sum(seen.values()) >= 1000
     assert set(seen) == set(NARROW)
 
 
@@ -161,15 +165,17 @@ def test_the_text_is_the_same_as_for_nvrtc():
         assert tensor_text.unit(replace(spec, parts=7)) != tensor_text.unit(spec)
 
 
-def outcomes(units, edit=str):
+def outcomes(units, batch_last, edit=str, used=USED, case=CASE):
     """Return what a text does in each order of threads: "wrong", a fault, or the bits of its results."""
     found = []
+    if batch_last:
+        used, case = used.small(groups=2), replace(case, images=24)
     for order in ("forward", "reverse", "random"):
         launcher = HostLauncher(units, orders=(order,))
         launcher.edit = edit
-        with on_host(launcher), USED.used():
+        with on_host(launcher), used.used():
             try:
-                got, want = run(CASE, "float16")
+                got, want = run(case, "float16", batch_last)
             except Fault as fault:
                 found.append(str(fault))
                 continue
@@ -182,70 +188,62 @@ def outcomes(units, edit=str):
 
 @pytest.fixture(scope="module")
 def right(units):
-    """Return the bits of the right results: the same in every order of threads."""
-    found = set(outcomes(units))
-    assert len(found) == 1
-    bits = found.pop()
-    assert len(bits) == 64
+    """Return the bits of the right results in both formats: the same in every order of threads."""
+    bits = []
+    for batch_last in (False, True):
+        found = set(outcomes(units, batch_last))
+        assert len(found) == 1
+        bits.append(found.pop())
+        assert len(bits[-1]) == 64
     return bits
 
 
-SYNCHRONISATION = r"(?<=\s)(__syncthreads|wait_for_copies)\(\);"
-BARRIERS = {"tensor_forward.cuh": 1, "tensor_input.cuh": 4, "tensor_values.cuh": 1}
-BETWEEN_BLOCKS = ("tensor_input.cuh", 2)
-"""Without this barrier sums are added in another order, which rounding to 16 bits mostly hides."""
+SYNCHRONISATION = r"(?<=\s)(__syncthreads|wait_for_copies|wait_for_batches<.*>|sync_warp|close_copies)\(\);"
+PLACES = {"tensor.cuh": 6, "tensor_forward.cuh": 0, "tensor_input.cuh": 3, "tensor_values.cuh": 1}
+ELSEWHERE = {
+    ("tensor.cuh", 0): (CONFIGURATIONS["squares, stride 2"], replace(CASE, stride=(2, 2), size=(6, 10))),
+    ("tensor_input.cuh", 1): (USED.small(pool=ONE, warps=2, channels=4), replace(CASE, pool=ONE)),
+}
+"""What matters only where pixels are spread out, so that what is cleared is copied too, or where a warp works alone."""
 
 
 def without(kernel, number):
     """Return an edit that deletes a barrier or wait."""
     text = (codegen.DIRECTORY / kernel).read_text()
     places = list(re.finditer(SYNCHRONISATION, text))
-    assert len(places) == BARRIERS[kernel]  # all there are
+    assert len(places) == PLACES[kernel]  # all there are
     start, end = places[number].span()
     return lambda unit: unit.replace(text, text[:start] + ";" + text[end:])
 
 
-@pytest.mark.parametrize(
-    ("kernel", "number"),
-    [(k, n) for k, count in BARRIERS.items() for n in range(count) if (k, n) != BETWEEN_BLOCKS],
-)
-def test_deleting_any_barrier_or_wait_is_noticed(kernel, number, units, right):
-    assert not re.search(SYNCHRONISATION, (codegen.DIRECTORY / "tensor.cuh").read_text())
-    assert set(outcomes(units, without(kernel, number))) != {right}
-
-
-@pytest.mark.parametrize("deleted", [False, True])
-def test_deleting_the_barrier_between_blocks_of_filters_is_noticed(deleted, units):
-    pool = PatternPool(tuple(SQUARES)[:3])  # three jobs for two warps: one is always ahead
-    case = SharedCase(pool, 64, 12, 8, (3, 5), (1, 1), (1, 1), 0.9, seed=1)
-    made, _, values, dy = case.operands()
-    # A large sum comes and goes: what is added in between is lost, what is added outside is not.
-    block = torch.arange(64).repeat_interleave((made.index != PRUNED).sum(1)) // 16
-    values = torch.tensor([2.0**14, 2.0**-12, -(2.0**14), 2.0**-12])[block, None].expand_as(values).contiguous()
-    dy = torch.ones_like(dy)
-    found = set()
-    for order in ("forward", "reverse", "random"):
-        launcher = HostLauncher(units, orders=(order,))
-        launcher.edit = without(*BETWEEN_BLOCKS) if deleted else str
-        with on_host(launcher), USED.used():
-            found.add(backend.grad_input(dy.bfloat16(), values.bfloat16(), made).view(torch.int16).numpy().tobytes())
-    assert (len(found) == 1) is not deleted
+@pytest.mark.parametrize(("kernel", "number"), [(k, n) for k, count in PLACES.items() for n in range(count)])
+def test_deleting_any_barrier_or_wait_is_noticed(kernel, number, units):
+    case = ELSEWHERE.get((kernel, number), (USED, CASE))
+    right, found = ([set(outcomes(units, batch_last, edit, *case)) for batch_last in (False, True)]
+                    for edit in (str, without(kernel, number)))  # fmt: skip
+    assert all(len(bits) == 1 and len(*bits) == 64 for bits in right)
+    assert found != right
 
 
 MUTANTS = {
-    "one buffer for two chunks": ("(chunk + 1) % BUFFERS", "0 * (chunk + 1)"),
-    "one buffer for two walks": ("buffers + (buffer ^ 1) * BUFFER", "buffers + buffer * BUFFER"),
-    "one buffer for the weights": ("next * BLOCKS + slot", "slot"),
+    "one buffer for two chunks": ("copy(part + 1, (part + 1) % BUFFERS)", "copy(part + 1, part % BUFFERS)"),
+    "a buffer too few": ("copy(next, next % BUFFERS)", "copy(next, next % (BUFFERS - 1))"),
+    "a copy too early": ("AHEAD = BUFFERS > 1 ? BUFFERS - 1 : 1", "AHEAD = BUFFERS"),
+    "one buffer for the weights": ("weights + (buffer * BLOCKS + slot)", "weights + slot"),
     "reads below the image": (" && row < height && ", " && "),
+    "a unit beyond the last image": ("(WHOLE_GROUPS || image < images)", "true"),
+    "lanes that exchange nothing": ("distance < 4; distance *= 2", "distance < 2; distance *= 2"),
+    "sums of another image": ("place_of_sums(position / SPAN, i + 1)", "place_of_sums(position / SPAN, i)"),
     "reads beyond the last image": ("WHOLE_GROUPS || i < there", "true"),
     "writes beyond the last image": ("n >= target.images || ", ""),
     "writes below the image": ("row >= target.out_h || ", ""),
     "writes right of the gradient": (" || column >= in_w", ""),
     "pixels of dy counted twice": ("left : most_left, top, left", "left : most_left, 0, 0"),
-    "rows that fill a step": ("k < end; k += 16", "k < end - 16; k += 16"),
+    "a step too few": ("left > 0; --left", "left > 1; --left"),
+    "one buffer for the rows": ("rows + (buffer * BLOCKS + other)", "rows + other"),
     "images exchanged": ("words[2 * j + 1].items[i / 2], i", "words[2 * j].items[i / 2], i"),
     "another warp's job": ("+ warp / PARTS) * 3", "+ warp) * 3"),
-    "a diverging barrier": ("__syncthreads();\n    const int first", "if (lane) __syncthreads();\n    const int first"),
+    "a diverging barrier": ("__syncthreads();\n      }\n", "if (threadIdx.x) __syncthreads();\n      }\n"),
 }  # fmt: skip
 
 
@@ -257,7 +255,7 @@ def test_mistakes_are_noticed(old_new, units, right):
         edited.append(old_new[0] in unit)
         return unit.replace(*old_new)
 
-    assert set(outcomes(units, edit)) != {right}
+    assert [set(outcomes(units, batch_last, edit)) for batch_last in (False, True)] != [{bits} for bits in right]
     assert any(edited)
 
 
@@ -291,6 +289,19 @@ def test_nan_and_infinity_under_pruned_taps_do_not_spread(launcher):
         dy[3, :, 0, 0] = torch.nan  # multiplied by taps that look beyond the image, and by one pixel
         dx = backend.grad_input(dy, values, made)
         assert torch.equal(torch.isfinite(dx), torch.isfinite(reference.grad_input(dy.double(), values.double(), made)))
+
+
+@pytest.mark.parametrize("edit", [("", ""), ("found[i] >= 0);", "true);")], ids=["right", "rows that fill a step"])
+def test_nan_in_one_blocks_weights_does_not_spread(edit, launcher):
+    index = torch.full((32, 2), PRUNED, dtype=torch.uint8)
+    index[:, 0] = 3  # four rows of sixteen
+    made = plan(index, SQUARES, (8, 2, 6, 7), 1, 1)
+    x, values = torch.randn(made.input_shape).half(), torch.randn(made.values_shape).half()
+    values[:16] = torch.nan
+    launcher.edit = lambda unit: unit.replace(*edit)
+    with on_host(launcher), USED.used():
+        y = backend.forward(x, values, made)
+    assert torch.isfinite(y[:, 16:]).all() == (edit[0] == "")
 
 
 def test_operands_may_start_anywhere(launcher):
@@ -370,15 +381,18 @@ def test_jobs_hold_every_kernel_once():
     made, spec = CASE.plan(), USED.input_spec(None, "float16", None)
     jobs = tensor_layout.input_jobs(made, spec)
     columns = 8 * spec.columns
+    # The tap at the lower right of a kernel is the first one of the rotated kernel: pixels look back.
+    rotated = tensor_layout.tap_places(SQUARES.rotated(), spec.input)
+    patterns = {tuple(places[::-1]): number for number, places in enumerate(rotated)}
     for number, block in enumerate(tensor_layout.blocks(made)):
         found = []
         for part, first in enumerate(range(0, 17, spec.channels)):
             start, kernels = jobs.kernels[part, number]
             assert start == (block.base + sum(c < first for c in block.channels)) * 4
             for word in jobs.words[jobs.bounds[part, number] : jobs.bounds[part, number + 1]]:
-                channels, places = word[2 : 2 + columns], word[2 + columns :]
-                found += [(first + c, word[0]) for c in channels if c >= 0]
-                assert 8 * word[1] >= (channels >= 0).sum() > 8 * (word[1] - 1)
+                tiles, taps, channels, places = word[0], word[1:5], word[5 : 5 + columns], word[5 + columns :]
+                found += [(first + c, patterns[tuple(taps)]) for c in channels if c >= 0]
+                assert 8 * tiles >= (channels >= 0).sum() > 8 * (tiles - 1)
                 assert places.max() < kernels
         assert sorted(found) == list(zip(block.channels, block.patterns, strict=True))
 
@@ -396,19 +410,26 @@ LAYERS = {
 KERNELS = {"forward": {"tensor_forward"}, "input": {"tensor_input"}, "values": {"tensor_values", "tensor_finish"}}
 
 
-def compile_unit(name, function, gpu):
+def compile_unit(name, function, gpu, batch_last):
     """Compile a unit as the backend chooses it for a layer; return its shared memory and what its kernels use."""
     made = LAYERS[name].plan()
-    spec = getattr(tensor_tiling, f"{function}_spec")(made, "bfloat16", GPUS[gpu])
-    kernels = int(tensor_layout.input_jobs(made, spec).kernels[..., 1].max()) if function == "input" else 0
-    return spec.shared_bytes + spec.weight_bytes(kernels), nvrtc.compile_for(tensor_text.unit(spec), gpu)
+    spec = getattr(tensor_tiling, f"{function}_spec")(made, "bfloat16", GPUS[gpu], batch_last)
+    kernels = jobs = 0
+    if function == "input":
+        found = tensor_layout.input_jobs(made, spec)
+        kernels, jobs = int(found.kernels[..., 1].max()), int(np.diff(found.bounds).max())
+    elif function == "forward":
+        kernels = int(np.diff(tensor_layout.rows(made, spec.input).bounds).max()) // spec.entries
+    shared = spec.shared_bytes + spec.weight_bytes(kernels) + spec.job_bytes(jobs)
+    return shared, nvrtc.compile_for(tensor_text.unit(spec), gpu)
 
 
 @pytest.fixture(scope="module")
 def compiling():
     """Compile all units, two at a time, while the tests look at the first ones."""
     pool = ThreadPoolExecutor(2)
-    yield {(n, f, g): pool.submit(compile_unit, n, f, g) for g in GPUS for n in LAYERS for f in KERNELS}
+    units = product(LAYERS, KERNELS, GPUS, (False, True))
+    yield {unit: pool.submit(compile_unit, *unit) for unit in units}
     pool.shutdown(cancel_futures=True)
 
 
@@ -416,8 +437,9 @@ def compiling():
 @pytest.mark.parametrize("function", KERNELS)
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("gpu", GPUS)
-def test_registers_and_no_spills(name, function, gpu, compiling):
-    shared, found = compiling[name, function, gpu].result()
+@pytest.mark.parametrize("batch_last", [False, True])
+def test_registers_and_no_spills(name, function, gpu, batch_last, compiling):
+    shared, found = compiling[name, function, gpu, batch_last].result()
     assert shared <= GPUS[gpu].shared_bytes
     assert set(found) == KERNELS[function]
     for kernel, resources in found.items():

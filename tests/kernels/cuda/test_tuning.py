@@ -10,7 +10,7 @@ import torch
 from clicktrain.errors import InvalidArgument
 from clicktrain.kernels import build
 from clicktrain.kernels.cpu.layer import Layer
-from clicktrain.kernels.cuda import backend, tiling, tuning
+from clicktrain.kernels.cuda import backend, gradient_tiling, tiling, tuning
 from clicktrain.kernels.cuda.codegen import ConvolutionSpec
 from clicktrain.kernels.cuda.tiling import CODE_BYTES, Limits
 from clicktrain.patterns import official_pool
@@ -110,7 +110,7 @@ def test_the_fastest_is_the_one_with_the_smallest_median(monkeypatch):
 
 @pytest.mark.parametrize(("pieces", "regions"), [(30, 128), (1, 7), (1000, 40), (131, 1)])
 def test_regions_are_divided_so_that_no_multiprocessor_works_much_longer(pieces, regions):
-    parts = tiling.splits(pieces, regions, 1, H200)
+    parts = gradient_tiling.splits(pieces, regions, 1, H200)
     assert 1 <= parts <= regions
 
     def rounds(parts):

@@ -51,12 +51,13 @@ struct Copy {
   uint32_t* to;
   const uint32_t* from;
   bool exists;
+  unsigned batch;
 };
 
 struct Fiber {
   ucontext_t context;
   Waits waits;
-  unsigned shuffles;
+  unsigned shuffles, batches;
   std::vector<Copy> copies;
 };
 
@@ -188,7 +189,7 @@ inline int launch(void (*entry)(void**), unsigned blocks, unsigned threads, size
       memset(shared_bytes, 0xff, shared);
       for (unsigned i = 0; i < threads; ++i) {
         Fiber& fiber = fibers[i];
-        fiber.waits = Waits::no, fiber.shuffles = 0;
+        fiber.waits = Waits::no, fiber.shuffles = fiber.batches = 0;
         fiber.copies.clear();
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = stacks.data() + kStack * i;
@@ -271,7 +272,8 @@ template <typename Word>
 void copy_word(Word* to, const Word* from, bool exists) {
   auto* place = reinterpret_cast<uint32_t*>(to);
   *place = 0xffffffff;  // NaN, -1
-  host::fibers[host::current].copies.push_back({place, reinterpret_cast<const uint32_t*>(from), exists});
+  host::Fiber& fiber = host::fibers[host::current];
+  fiber.copies.push_back({place, reinterpret_cast<const uint32_t*>(from), exists, fiber.batches});
 }
 inline void copy_async(float* to, const float* from, bool exists) { copy_word(to, from, exists); }
 inline void copy_async(int* to, const int* from, bool exists) { copy_word(to, from, exists); }
@@ -281,10 +283,10 @@ void copy_async(float* to, const Narrow* from, bool exists) {
 }
 
 template <typename Narrow>
-void copy_async2(Narrow* to, const Narrow* from) {
+void copy_async2(Narrow* to, const Narrow* from, bool exists) {
   host::check_aligned(to, 8);
-  host::check_aligned(from, 8);
-  for (int i = 0; i < 2; ++i) copy_word(reinterpret_cast<int*>(to) + i, reinterpret_cast<const int*>(from) + i, true);
+  if (exists) host::check_aligned(from, 8);
+  for (int i = 0; i < 2; ++i) copy_word(reinterpret_cast<int*>(to) + i, reinterpret_cast<const int*>(from) + i, exists);
 }
 
 inline void copy_async4(float* to, const float* from, bool exists) {
@@ -304,6 +306,31 @@ inline void wait_for_copies() {
   for (const host::Copy& copy : copies) *copy.to = copy.exists ? *copy.from : 0;
   copies.clear();
 }
+
+template <typename Narrow>
+void copy_unit(Packed<unsigned, 4>* to, const Narrow* from, bool exists) {
+  host::check_aligned(to, 16);
+  if (exists) host::check_aligned(from, 16);
+  auto* words = reinterpret_cast<const int*>(from);
+  for (int i = 0; i < 4; ++i) copy_word(reinterpret_cast<int*>(to) + i, exists ? words + i : words, exists);
+}
+
+inline void close_copies() { ++host::fibers[host::current].batches; }
+
+// Batches land in the order in which they were closed, at the last moment.
+template <unsigned Open>
+void wait_for_batches() {
+  host::Fiber& fiber = host::fibers[host::current];
+  size_t landed = 0;
+  for (const host::Copy& copy : fiber.copies) {
+    if (copy.batch + Open >= fiber.batches) break;
+    *copy.to = copy.exists ? *copy.from : 0;
+    ++landed;
+  }
+  fiber.copies.erase(fiber.copies.begin(), fiber.copies.begin() + long(landed));
+}
+
+inline void sync_warp() { host::yield(host::Waits::in_warp); }
 
 inline float shuffle_xor(float value, int distance) {
   const unsigned thread = host::current, turn = host::fibers[thread].shuffles++ % 2;
