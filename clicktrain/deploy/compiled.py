@@ -8,19 +8,25 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from clicktrain.deploy import storage
-from clicktrain.deploy.choice import choose
+from clicktrain.deploy import choice, gpu, storage
 from clicktrain.deploy.engine import Engine
 from clicktrain.deploy.fusion import fuse
+from clicktrain.deploy.gpu import GpuEngine
 from clicktrain.deploy.graph import Graph
 from clicktrain.deploy.program import build_program
 from clicktrain.deploy.trace import trace
 from clicktrain.errors import BackendUnavailable, InvalidArgument, UnsupportedModel
 from clicktrain.kernels.cpu import library
+from clicktrain.kernels.cuda import launch
+
+DEVICES = ("cpu", "cuda")
 
 
 class CompiledModel(nn.Module):
-    """A network that runs whole: fused, on planned memory, its activations blocked from the first layer to the last.
+    """A network that runs whole: fused, and without allocating memory while it runs.
+
+    On the CPU its activations stay blocked from the first layer to the last, on planned memory; on a GPU everything is
+    recorded as a CUDA graph, float32, NCHW, and layers that torch computes obey torch's own settings (TF32).
 
     Made by `clicktrain.deploy.compile` and `clicktrain.deploy.load`. It has no parameters and cannot be trained, and
     any number of threads may call it at once.
@@ -33,6 +39,8 @@ class CompiledModel(nn.Module):
         Images that are computed at once.
     tune : bool
         See `compile`.
+    device : {"cpu", "cuda"}
+        Where it runs; on the current GPU.
 
     Attributes
     ----------
@@ -40,21 +48,24 @@ class CompiledModel(nn.Module):
         Operators that torch computes, because there is no kernel for them here.
     """
 
-    def __init__(self, graph: Graph, batch: int, tune: bool = False) -> None:
+    def __init__(self, graph: Graph, batch: int, tune: bool = False, device: str = "cpu") -> None:
         super().__init__()
-        if (reason := library.available()) is not True:
-            raise BackendUnavailable(f"device='cpu': the compiled kernels are not available: {reason}")
+        _check_device(device)
         if graph.fallbacks and batch != graph.batch:
             raise InvalidArgument(
                 f"batch={batch}: the model was traced for {graph.batch} images, and torch computes a part of it "
                 f"({', '.join(sorted(set(graph.fallbacks)))}), which may depend on that"
             )
-        self.graph, self.batch = graph, batch
+        self.graph, self.batch, self.device = graph, batch, device
         self.fallbacks = graph.fallbacks
         output = graph.nodes[graph.output].shape
         assert output is not None
         self._output_shape = output
-        self.engine = Engine(build_program(graph, batch, tune), (batch, *output))
+        self.engine = (
+            Engine(build_program(graph, batch, tune), (batch, *output))
+            if device == "cpu"
+            else GpuEngine(graph, batch, torch.device("cuda", torch.cuda.current_device()), tune)
+        )
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -67,9 +78,9 @@ class CompiledModel(nn.Module):
         return sum(node.macs for node in self.graph.nodes.values())
 
     @property
-    def arena_bytes(self) -> int:
-        """Memory for intermediate results, for each thread that calls at the same time."""
-        return 4 * self.engine.program.arena_floats
+    def arena_bytes(self) -> int | None:
+        """Memory for intermediate results, for each thread that calls at the same time; None on a GPU."""
+        return 4 * self.engine.program.arena_floats if isinstance(self.engine, Engine) else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the model's result for images x.
@@ -80,13 +91,13 @@ class CompiledModel(nn.Module):
         Raises
         ------
         InvalidArgument
-            If x is not a float32 tensor on the CPU of the shape that the model was compiled for.
+            If x is not a float32 tensor of the shape and on the device that the model was compiled for.
         """
         self._check(x)
         x = x.detach().contiguous()
         if len(x) == self.batch:
             return self.engine.run(x)
-        y = torch.empty(len(x), *self._output_shape)
+        y = torch.empty(len(x), *self._output_shape, device=x.device)
         for start in range(0, len(x), self.batch):
             part = x[start : start + self.batch]
             if len(part) < self.batch:
@@ -98,8 +109,10 @@ class CompiledModel(nn.Module):
     def _check(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):
             raise InvalidArgument(f"x is of type {type(x).__name__}: expected a tensor")
-        if x.device.type != "cpu" or x.dtype != torch.float32:
-            raise InvalidArgument(f"x is {x.dtype} on {x.device}: the model was compiled for torch.float32 on the cpu")
+        if x.device.type != self.device or x.dtype != torch.float32:
+            raise InvalidArgument(
+                f"x is {x.dtype} on {x.device}: the model was compiled for torch.float32 on {self.device}"
+            )
         if x.ndim != len(self.input_shape) or tuple(x.shape[1:]) != self.graph.input_shape:
             raise InvalidArgument(
                 f"x has shape {tuple(x.shape)}: the model was compiled for "
@@ -110,11 +123,13 @@ class CompiledModel(nn.Module):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model to one file, for `clicktrain.deploy.load`; see `clicktrain.deploy.storage`."""
-        storage.write(Path(path), self.graph, self.batch, self.engine.program.choices)
+        choices = self.engine.program.choices if isinstance(self.engine, Engine) else {}
+        storage.write(Path(path), self.graph, self.batch, choices, self.device)
 
     def extra_repr(self) -> str:
         """Describe it for `repr`."""
-        return f"input_shape={self.input_shape}, operations={len(self.graph.nodes) - 1}, fallbacks={self.fallbacks}"
+        counts = f"operations={len(self.graph.nodes) - 1}, fallbacks={self.fallbacks}"
+        return f"input_shape={self.input_shape}, device={self.device!r}, {counts}"
 
 
 def compile(
@@ -137,8 +152,8 @@ def compile(
         Maps a float32 batch (N, ...) to one tensor (N, ...); pattern convolutions run sparse.
     example_input : Tensor
         A batch; only its shape matters.
-    device : {"cpu"}
-        Where it will run.
+    device : {"cpu", "cuda"}
+        Where it will run; "cuda" is the current GPU.
     batch : int, optional
         Images that are computed at once; by default as many as in `example_input`.
     strict : bool
@@ -157,31 +172,39 @@ def compile(
     InvalidArgument
         If another argument has a wrong value.
     """
-    if device == "cuda":
-        raise BackendUnavailable("device='cuda': deployment is not available there, only on 'cpu'")
-    if device != "cpu":
-        raise InvalidArgument(f"device={device!r}: expected 'cpu'")
+    _check_device(device)
     if not isinstance(example_input, Tensor) or example_input.dtype != torch.float32:
         kind = example_input.dtype if isinstance(example_input, Tensor) else type(example_input).__name__
         raise InvalidArgument(f"example_input is {kind}: expected a torch.float32 tensor")
-    if example_input.ndim < 1 or not example_input.numel() or example_input.device.type != "cpu":
+    if example_input.ndim < 1 or not example_input.numel() or example_input.device.type not in DEVICES:
         raise InvalidArgument(
-            f"example_input has shape {tuple(example_input.shape)} on {example_input.device}: "
-            "expected a batch on the cpu"
+            f"example_input has shape {tuple(example_input.shape)} on {example_input.device}: expected a batch"
         )
     batch = len(example_input) if batch is None else batch
     if batch < 1:
         raise InvalidArgument(f"batch={batch}: expected a positive number of images")
-    example = example_input.detach()[:1].expand(batch, *example_input.shape[1:]).contiguous()
+    example = example_input.detach()[:1].cpu().expand(batch, *example_input.shape[1:]).contiguous()
     graph = fuse(trace(model, example))
     if strict and graph.fallbacks:
         raise UnsupportedModel(f"model: no kernel for {', '.join(sorted(set(graph.fallbacks)))} (strict=True)")
-    if tune and library.available() is True:
-        graph = choose(graph, batch)
-    return CompiledModel(graph, batch, tune)
+    if tune and device == "cuda":
+        graph = gpu.choose(graph, batch, torch.device("cuda", torch.cuda.current_device()))
+    elif tune:
+        graph = choice.choose(graph, batch)
+    return CompiledModel(graph, batch, tune, device)
 
 
-def load(path: str | os.PathLike[str], batch: int | None = None, *, tune: bool = False) -> CompiledModel:
+def _check_device(device: str) -> None:
+    if device not in DEVICES:
+        raise InvalidArgument(f"device={device!r}: expected 'cpu' or 'cuda'")
+    reason = library.available() if device == "cpu" else launch.available()
+    if reason is not True:
+        raise BackendUnavailable(f"device={device!r}: the compiled kernels are not available: {reason}")
+
+
+def load(
+    path: str | os.PathLike[str], batch: int | None = None, *, tune: bool = False, device: str = "cpu"
+) -> CompiledModel:
     """Read a model that `CompiledModel.save` wrote.
 
     Parameters
@@ -192,13 +215,16 @@ def load(path: str | os.PathLike[str], batch: int | None = None, *, tune: bool =
         Images that are computed at once; by default as when it was saved.
     tune : bool
         See `compile`.
+    device : {"cpu", "cuda"}
+        Where it will run. Which layers torch computes faster was measured on the device that it was saved for, and
+        counts there only.
 
     Raises
     ------
     ModelFileError
         If the file is damaged, not a compiled model, or of a version that this program does not know.
     """
-    graph, saved = storage.read(Path(path))
+    graph, saved = storage.read(Path(path), device)
     if batch is not None and batch < 1:
         raise InvalidArgument(f"batch={batch}: expected a positive number of images")
-    return CompiledModel(graph, saved if batch is None else batch, tune)
+    return CompiledModel(graph, saved if batch is None else batch, tune, device)

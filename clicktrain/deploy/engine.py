@@ -141,20 +141,20 @@ def apply(node: Node, operands: list[Any]) -> Any:
     """Compute an operation with torch."""
     if node.op == "conv":
         return _dense_convolution(node, *operands)
-
-    def decoded(argument: Any) -> Any:
-        if isinstance(argument, list):
-            return [decoded(entry) for entry in argument]
-        if not isinstance(argument, dict):
-            return argument
-        ((kind, value),) = argument.items()
-        if kind == "input":
-            return operands[value]
-        return node.tensors[value] if kind == "tensor" else getattr(torch, value)
-
-    arguments = [decoded(argument) for argument in node.attributes["arguments"]]
-    keywords = {key: decoded(argument) for key, argument in node.attributes["keywords"].items()}
+    arguments = [_decoded(argument, node, operands) for argument in node.attributes["arguments"]]
+    keywords = {key: _decoded(argument, node, operands) for key, argument in node.attributes["keywords"].items()}
     return resolve(node.attributes["target"])(*arguments, **keywords)
+
+
+def _decoded(argument: Any, node: Node, operands: list[Any]) -> Any:
+    if isinstance(argument, list):
+        return [_decoded(entry, node, operands) for entry in argument]
+    if not isinstance(argument, dict):
+        return argument
+    ((kind, value),) = argument.items()
+    if kind == "input":
+        return operands[value]
+    return node.tensors[value] if kind == "tensor" else getattr(torch, value)
 
 
 def _dense_convolution(node: Node, x: Tensor, residual: Tensor | None = None) -> Tensor:

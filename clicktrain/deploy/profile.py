@@ -12,6 +12,7 @@ from clicktrain import timing
 from clicktrain.assignment import Assignment
 from clicktrain.deploy.choice import dense_ms
 from clicktrain.deploy.compiled import CompiledModel
+from clicktrain.deploy.engine import Engine
 from clicktrain.deploy.graph import Node
 from clicktrain.errors import InvalidArgument, MissingPackage
 
@@ -97,6 +98,8 @@ def profile(model: CompiledModel, rounds: int = 15) -> Profile:
     """Time every operation of a compiled model on random images."""
     if rounds < 1:
         raise InvalidArgument(f"rounds={rounds}: expected at least 1")
+    if not isinstance(model.engine, Engine):
+        raise InvalidArgument(f"model is on {model.device}: expected one that was compiled or loaded for the cpu")
     engine, nodes, peak = model.engine, model.graph.nodes, timing.peak()
     ms = engine.times_ms(torch.randn(model.input_shape), rounds)
     measured = timing.compare({"peak": timing.Contender(peak.run, None)}, None, rounds=rounds)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ FORMAT, VERSION = "clicktrain-compiled", 1
 _KEY = "clicktrain"
 
 
-def write(path: Path, graph: Graph, batch: int, choices: Mapping[str, Choice]) -> None:
-    """Write a graph, the batch that it is made for, and how its convolutions are cut up for that."""
+def write(path: Path, graph: Graph, batch: int, choices: Mapping[str, Choice], device: str) -> None:
+    """Write a graph, the batch and device that it is made for, and how its convolutions are cut up for that."""
     from safetensors.torch import save
 
     tensors = {f"{number}.{name}": t for number, node in graph.nodes.items() for name, t in _packed(node).items()}
@@ -43,6 +43,7 @@ def write(path: Path, graph: Graph, batch: int, choices: Mapping[str, Choice]) -
         "format": FORMAT,
         "version": VERSION,
         "batch": batch,
+        "device": device,
         "traced_batch": graph.batch,
         "output": graph.output,
         "choices": {key: asdict(choice) for key, choice in sorted(choices.items())},
@@ -55,8 +56,8 @@ def write(path: Path, graph: Graph, batch: int, choices: Mapping[str, Choice]) -
     write_atomic(path, save(tensors, {_KEY: text, "sha256": _digest(text, tensors)}))
 
 
-def read(path: Path) -> tuple[Graph, int]:
-    """Return a graph and the batch it was saved with; raises ModelFileError.
+def read(path: Path, device: str) -> tuple[Graph, int]:
+    """Return a graph for a device and the batch it was saved with; raises ModelFileError.
 
     Its choices become those of this process, unless it has chosen for such layers already.
     """
@@ -77,6 +78,8 @@ def read(path: Path) -> tuple[Graph, int]:
         raise ModelFileError(f"{path}: damaged: the content does not have the checksum that it was written with")
     try:
         graph, batch = _graph(header, tensors), int(header["batch"])
+        if header.get("device", "cpu") != device:
+            graph = replace(graph, nodes={number: _undecided(node) for number, node in graph.nodes.items()})
         known = export_choices()
         import_choices({key: choice for key, choice in header["choices"].items() if key not in known})
         if batch < 1:
@@ -84,6 +87,11 @@ def read(path: Path) -> tuple[Graph, int]:
         return graph, batch
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
         raise ModelFileError(f"{path}: its content makes no model: {error}") from error
+
+
+def _undecided(node: Node) -> Node:
+    """Forget that a convolution is faster dense: that was measured elsewhere."""
+    return replace(node, attributes={key: value for key, value in node.attributes.items() if key != "dense"})
 
 
 def _header(path: Path, text: str) -> dict[str, Any]:

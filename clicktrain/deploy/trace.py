@@ -26,7 +26,7 @@ def trace(model: nn.Module, example: Tensor) -> Graph:
     UnsupportedModel
         If torch.export cannot trace it, or it is none that maps one tensor to one with an entry for each image.
     """
-    model = copy.deepcopy(model).eval()
+    model = copy.deepcopy(model).cpu().eval()
     blocked.remove(model)
     wrong = {str(t.dtype) for t in model.parameters() if t.dtype != torch.float32}
     if wrong:

@@ -320,7 +320,6 @@ def test_what_cannot_be_compiled_is_a_clear_error(model: nn.Module, message: str
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
-        ({"device": "cuda"}, BackendUnavailable, "device='cuda': deployment is not available there"),
         ({"device": "tpu"}, InvalidArgument, "device='tpu': expected 'cpu'"),
         ({"batch": 0}, InvalidArgument, "batch=0: expected a positive number"),
         ({"example_input": "picture"}, InvalidArgument, "example_input is str"),
