@@ -264,6 +264,15 @@ class TestBorders:
         loaded = torch.load(file, weights_only=False)
         assert torch.equal(loaded(self.x), model(self.x))
 
+    @pytest.mark.parametrize("backend", ["reference", "cuda"])
+    def test_nothing_is_installed_where_nothing_computes_on_the_cpu(self, model: nn.Module, backend: str) -> None:
+        for layer in model.modules():
+            if isinstance(layer, PatternConv2d):
+                layer.backend = backend
+        blocked.install(model)
+        assert len(model._forward_hooks) == len(model._forward_pre_hooks) == 0
+        assert not any(getattr(layer, "keep_blocked", False) for layer in model.modules())
+
     def test_installing_twice_changes_nothing_and_to_dense_removes(self, model: nn.Module) -> None:
         blocked.install(model)
         assert len(model._forward_hooks) == len(model._forward_pre_hooks) == 1

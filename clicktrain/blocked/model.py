@@ -22,8 +22,9 @@ def install(model: nn.Module) -> None:
     model : nn.Module
         Called with a batch (N, C, H, W) as the first argument. Installing twice changes nothing.
     """
-    _keep_blocked(model, True)
-    if _enter not in model._forward_pre_hooks.values():
+    if not _keep_blocked(model, True):
+        remove(model)
+    elif _enter not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_enter)
         model.register_forward_hook(_leave)
 
@@ -36,10 +37,12 @@ def remove(model: nn.Module) -> None:
             del hooks[key]
 
 
-def _keep_blocked(model: nn.Module, keep: bool) -> None:
-    for layer in model.modules():
-        if hasattr(layer, "keep_blocked"):
-            layer.keep_blocked = keep and layer.backend in ("auto", "cpu")  # type: ignore[assignment]
+def _keep_blocked(model: nn.Module, keep: bool) -> bool:
+    """Tell the pattern convolutions; return whether any keeps activations blocked."""
+    layers: list[Any] = [layer for layer in model.modules() if hasattr(layer, "keep_blocked")]
+    for layer in layers:
+        layer.keep_blocked = keep and layer.backend in ("auto", "cpu") and layer.values.device.type == "cpu"
+    return any(layer.keep_blocked for layer in layers)
 
 
 def _enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
