@@ -289,7 +289,7 @@ def tune(made: Plan, dtype: torch.dtype = torch.float32, batch_last: bool = Fals
     convolution(layers[0], x, made.output_shape)
     convolution(layers[1], dy, made.input_shape)
     tuning.tune(
-        GradientSpec, layers[0], *context, gradient_tiling.candidates,
+        GradientSpec, layers[0], *context, tuning.likely_gradients,
         lambda spec: partial(Gradient(layers[0], *context[:2], device, spec).run, x, dy, made.values_shape),
     )  # fmt: skip
     _runtimes.pop(made, None)
@@ -306,7 +306,7 @@ def units(
         return tensor_cores.units(made, name, limits, candidates, runtime.batch_last)
     layers = Layer.forward(made), Layer.transposed(made)
     convolutions = [spec for layer in layers for spec in tuning.likely(layer, images, name, limits)[:candidates]]
-    gradients = gradient_tiling.candidates(layers[0], images, name, limits)[:candidates]
+    gradients = tuning.likely_gradients(layers[0], images, name, limits)[:candidates]
     return [codegen.unit(spec) for spec in convolutions] + [codegen.unit(spec) for spec in gradients]
 
 

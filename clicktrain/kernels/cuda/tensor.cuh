@@ -11,12 +11,12 @@
 //
 // Where the limit is. A multiprocessor of an H200 multiplies 16 x 16 by 16 x 8 about every 2 cycles with this
 // instruction. One `load_matrices` takes 4 cycles of shared memory, 128 bytes each, and feeds two products in the
-// forward pass and the gradient of the values: both limits meet at 1024 FMA a cycle, 8 times the FP32 rate. The weights
-// of a forward step, 512 bytes for up to 16 products, come into shared memory with the tile that they meet. At 8x
+// forward pass and the gradient of the values: both limits meet at 1024 FMA a cycle, 8 times the FP32 rate. At 8x
 // compression few products are left for each unit of a tile: with 28 % of the kernels and 4 entries, 16 rows of a
 // product are 14 units, so that a unit takes part in 0.07 products for a block of filters, 0.14 cycles, while copying
 // it takes 0.7 (the second-level cache gives a multiprocessor about 24 bytes a cycle) and its halo once more. Blocks of
-// filters therefore share tiles, up to 8 of them.
+// filters therefore share tiles, up to 8 of them. And waits count: a load that misses the second-level cache takes an
+// H100 about 0.6 us. Where an address depends on another load, tiles are already on their way.
 //
 // Banks. The 8 rows of a matrix are read without a conflict if their units differ modulo 8. The row pitch is 2 modulo
 // 4 units, so that the taps {0, 1, pitch, pitch + 1} of a square differ, and the pitch from one channel to the next is
@@ -125,34 +125,50 @@ __device__ __forceinline__ int known(int told) {
 }
 
 // Copy parts of the work into buffers, one after the other, `copy(part, buffer)`, and use each, `use(part, buffer)`.
+// What is needed from the first use on, `begin()` brings while the first copies are on their way.
 //
 // Batch last, all buffers but the one in use are being filled. NCHW images go through registers: between two barriers
 // half of the warps copy first and then use, the others the other way around, so that one half waits for memory while
-// the other computes.
-template <typename Copy, typename Use>
-__device__ __forceinline__ void pipeline(int parts, const Copy& copy, const Use& use) {
-  if constexpr (BATCH_LAST) {
-    constexpr int AHEAD = BUFFERS > 1 ? BUFFERS - 1 : 1;
+// the other computes. With one buffer, other blocks of threads compute while this one waits.
+template <typename Begin, typename Copy, typename Use>
+__device__ __forceinline__ void pipeline(int parts, const Begin& begin, const Copy& copy, const Use& use) {
+  constexpr int AHEAD = BUFFERS > 1 ? BUFFERS - 1 : 1;
+  if constexpr (BUFFERS == 1) {
+#pragma unroll 1
+    for (int part = 0; part < parts; ++part) {
+      __syncthreads();  // the buffer has been cleared, or used
+      copy(part, 0);
+      if (part == 0) begin();
+      wait_for_copies();
+      __syncthreads();
+      use(part, 0);
+    }
+  } else if constexpr (BATCH_LAST) {
     __syncthreads();  // buffers have been cleared
 #pragma unroll 1
-    for (int part = 1 - AHEAD; part <= parts; ++part) {
-      const int next = part + AHEAD - 1;
-      if (part > 0) {
-        wait_for_batches<AHEAD - 1>();
-        __syncthreads();
-      }
+    for (int part = 0; part < AHEAD; ++part) {
+      if (part < parts) copy(part, part);
+      close_copies();
+    }
+    begin();
+#pragma unroll 1
+    for (int part = 0; part < parts; ++part) {
+      wait_for_batches<AHEAD - 1>();
+      __syncthreads();
+      const int next = part + AHEAD;
       if (next < parts) copy(next, next % BUFFERS);
       close_copies();
-      if (part > 0) use(part - 1, (part - 1) % BUFFERS);
+      use(part, part % BUFFERS);
     }
   } else {
+    begin();
 #pragma unroll 1
     for (int part = -1; part < parts; ++part) {
       wait_for_copies();
       __syncthreads();
-#pragma unroll(BUFFERS == 1 ? 2 : 1)
+#pragma unroll 1
       for (int turn = 0; turn < 2; ++turn)
-        if (BUFFERS == 1 ? turn == 0 : (threadIdx.x / 128 + turn) % 2 == 0) {
+        if ((threadIdx.x / 128 + turn) % 2 == 0) {
           if (part + 1 < parts) copy(part + 1, (part + 1) % BUFFERS);
         } else if (part >= 0) {
           use(part, part % BUFFERS);

@@ -20,9 +20,9 @@ from clicktrain.kernels.cuda import tensor_tuning as tuning
 from clicktrain.kernels.cuda.codegen import Dtype
 from clicktrain.kernels.cuda.launch import Launcher
 from clicktrain.kernels.cuda.region import LANES
-from clicktrain.kernels.cuda.tensor_estimate import value_splits
+from clicktrain.kernels.cuda.tensor_estimate import row_bytes, walks_and_splits
 from clicktrain.kernels.cuda.tensor_geometry import Geometry
-from clicktrain.kernels.cuda.tensor_text import FILTERS, IMAGES, STEP, Function, TensorSpec
+from clicktrain.kernels.cuda.tensor_text import FILTERS, IMAGES, Function, TensorSpec
 from clicktrain.kernels.cuda.tiling import Limits
 from clicktrain.kernels.plan import Plan
 
@@ -88,27 +88,28 @@ class Forward:
         spec: TensorSpec | None = None,
     ) -> None:  # fmt: skip
         self.plan, self.launcher = plan, launcher
-        self.spec = spec or tuning.choose("forward", plan, dtype, launcher.limits(device), batch_last)
+        limits = launcher.limits(device)
+        self.spec = spec or tuning.choose("forward", plan, dtype, limits, batch_last)
         self.text = text.unit(self.spec)
-        made = layout.rows(plan, self.spec.input)
-        self._program = [_on(a, device) for a in (made.offsets, made.places, made.bounds, made.strides)]
-        self._most_steps = int(np.diff(made.bounds).max()) // STEP
-        self._shared = self.spec.shared_bytes + self.spec.weight_bytes(self._most_steps * STEP // self.spec.entries)
+        made = layout.rows(plan, self.spec.input, self.spec.blocks)
+        self._program = [_on(a, device) for a in (made.offsets, made.places, made.step_strides, made.bounds)]
+        self._most_steps = layout.most_steps(plan, self.spec.input.channels, self.spec.blocks)[self.spec.all_rows]
+        self._shared = self.spec.shared_bytes + row_bytes(self.spec, plan)
+        self._sets = len(made.bounds)
+        self._walks, self._splits = walks_and_splits(self._sets, self.spec, plan, limits)
         self._rects = Geometry.forward(plan).rects(self.spec.rect)
 
     def run(self, x: Tensor, values: Tensor, shape: tuple[int, ...], epilogue: Epilogue) -> Tensor:
         """Return the outputs, of the given shape."""
         y = _empty(shape, x, self.spec.batch_last)
         spec, (images, channels, *in_size), (_, filters, *out_size) = self.spec, self.plan.input_shape, shape
-        sets = _parts(filters, FILTERS * spec.blocks)
-        blocks = sets * self._rects[0] * self._rects[1] * _parts(images, IMAGES * spec.input.groups)
         residual = None if epilogue.residual is None else _aligned(epilogue.residual, spec.batch_last)
         self.launcher.launch(
-            self.text, "tensor_forward", blocks, spec.warps * LANES, self._shared,
+            self.text, "tensor_forward", self._sets * self._splits, spec.warps * LANES, self._shared,
             (
                 _aligned(x), _aligned(values), y, *self._program, epilogue.scale, epilogue.shift, residual,
                 int(epilogue.relu), images, channels, *in_size, filters, *out_size, *self._rects,
-                _parts(channels, spec.input.channels), sets, self._most_steps,
+                _parts(channels, spec.input.channels), self._sets, self._most_steps, self._walks, self._splits,
             ),
         )  # fmt: skip
         return y
@@ -161,7 +162,7 @@ class ValuesGradient:
         jobs, pieces = layout.value_jobs(made.bounds, self.spec)
         self._program = [_on(a, device) for a in (made.offsets, made.places, made.strides, jobs, pieces)]
         self._pieces = len(pieces)
-        self._walks, self._splits = value_splits(self._pieces, self.spec, plan, limits)
+        self._walks, self._splits = walks_and_splits(self._pieces, self.spec, plan, limits)
         self._rects = Geometry.forward(plan).rects(self.spec.rect)
 
     def run(self, x: Tensor, dy: Tensor, shape: tuple[int, ...]) -> Tensor:

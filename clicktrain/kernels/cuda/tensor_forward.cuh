@@ -1,42 +1,62 @@
 // The forward pass; see tensor.cuh.
 //
-// A block of threads has a rectangle of output pixels of some groups of images, and BLOCKS blocks of filters. A warp
-// computes one block of filters at 8-column tiles for TILES positions; PARTS warps share a block. Channels come in
-// chunks, one barrier a chunk. With a chunk come the rows of the blocks' matrices in it, in steps of 16: weights and
-// places in the tile, from where they are read without a wait for memory.
+// A block of threads has BLOCKS blocks of filters, and walks over its share of views: rectangles of output pixels of
+// some groups of images. A warp computes one block of filters at 8-column tiles for TILES positions; PARTS warps share
+// a block. Channels come in chunks, one barrier a chunk. One counter runs over the chunks of all views, so that copies
+// of the next view are on their way while the last products of this one are computed and its results written.
+//
+// Products read the rows of the blocks' matrices, in steps of 16, from shared memory: weights, and places in the tile.
+// A chunk's rows of all blocks are neighbours in memory, and so are those of all chunks. Where there is room (ALL_ROWS)
+// they come once for all views; else with each chunk, which then waits for `places` before it can copy weights. Bounds
+// come once.
+//
+// Views that are walked over together are neighbours in memory: of NCHW images rectangles count fastest, else groups of
+// images, which share lines.
 
 constexpr int WEIGHT_UNITS = 2 * FILTERS;  // of a step
-constexpr int STEP_UNITS = WEIGHT_UNITS + 16 / 4;  // and the places of its rows
+constexpr int OFFSET_UNITS = 16 / 4;  // places of its rows
+constexpr int STEP_UNITS = WEIGHT_UNITS + OFFSET_UNITS;
 
 // Where the weights of half of a step's rows are, for one filter: eight neighbours are in different banks.
 __device__ __forceinline__ int place_of_weights(int filter, int half) {
   return 2 * filter + (half ^ filter / 4 % 2);
 }
 
-// Copy the rows from `first` to `end` of a block of filters, whose filters' values are `stride` apart. Neighbouring
-// lanes have neighbouring rows of a step, then filters: they write to different banks. A thread knows some places before
-// it copies from them.
-__device__ __forceinline__ void copy_rows(Unit* to, const Element* values, const int* offsets, const int* places,
-                                          int first, int end, int stride) {
+// What tells where the rows of a set of blocks of filters are.
+struct Program {
+  const Element* values;
+  const int *offsets, *places, *strides;  // of a step's values: from one filter to the next
+  const int* bounds;  // of the set, for each chunk and block: where its rows start; and where the last ones end
+};
+
+// Copy the rows from `first` to `end`: all weights, then all places in the tile. Neighbouring lanes have neighbouring
+// rows of a step, then filters: they write to different banks. A thread reads several places at once before it copies
+// from them, each for some filters.
+__device__ __forceinline__ void copy_rows(Unit* weights, Unit* offsets, const Program& program, int first, int end) {
   constexpr int WIDTH = ENTRIES % 2 ? 1 : ENTRIES % 4 ? 2 : 4;  // weights that are neighbours in memory too
-  constexpr int WORDS = 16 / WIDTH, OF_STEP = WORDS * FILTERS, AT_ONCE = 4;
-  const int thread = thread_now(), steps = (end - first) / 16;
-  for (int unit = thread; unit < 4 * steps; unit += THREADS)
-    copy_unit(to + steps * WEIGHT_UNITS + unit, offsets + first + 4 * unit, true);
-  for (int start = thread; start < steps * OF_STEP; start += AT_ONCE * THREADS) {
-    int found[AT_ONCE];
+  constexpr int WORDS = 16 / WIDTH, APART = 4, OF_STEP = WORDS * APART, AT_ONCE = 4;
+  const int thread = thread_now(), steps = (end - first) / 16, items = steps * OF_STEP;
+  for (int unit = thread; unit < OFFSET_UNITS * steps; unit += THREADS)
+    copy_unit(offsets + unit, program.offsets + first + 4 * unit, true);
+  for (int start = thread; start < items; start += AT_ONCE * THREADS) {
+    int found[AT_ONCE], strides[AT_ONCE];
 #pragma unroll
     for (int i = 0; i < AT_ONCE; ++i) {
       const int item = start + i * THREADS;
-      if (item < steps * OF_STEP) found[i] = places[first + item / OF_STEP * 16 + item % WORDS * WIDTH];
+      if (item >= items) break;
+      found[i] = program.places[first + item / OF_STEP * 16 + item % WORDS * WIDTH];
+      strides[i] = program.strides[first / 16 + item / OF_STEP];
     }
 #pragma unroll
     for (int i = 0; i < AT_ONCE; ++i) {
-      const int item = start + i * THREADS, row = item % WORDS * WIDTH, filter = item / WORDS % FILTERS;
-      if (item >= steps * OF_STEP) break;
-      Unit* const unit = to + item / OF_STEP * WEIGHT_UNITS + place_of_weights(filter, row / 8);
-      const int place = found[i] < 0 ? 0 : found[i];
-      copy_values<WIDTH>(reinterpret_cast<Element*>(unit) + row % 8, values + filter * stride + place, found[i] >= 0);
+      const int item = start + i * THREADS, row = item % WORDS * WIDTH;
+      if (item >= items) break;
+#pragma unroll
+      for (int other = 0; other < FILTERS; other += APART) {
+        const int filter = item / WORDS % APART + other, place = found[i] < 0 ? 0 : filter * strides[i] + found[i];
+        Unit* const unit = weights + item / OF_STEP * WEIGHT_UNITS + place_of_weights(filter, row / 8);
+        copy_values<WIDTH>(reinterpret_cast<Element*>(unit) + row % 8, program.values + place, found[i] >= 0);
+      }
     }
   }
 }
@@ -62,12 +82,12 @@ __device__ __forceinline__ Pixels pixels_of(int part) {
 }
 
 // Add the products of some steps. What the next one needs is read early.
-__device__ __forceinline__ void sweep(const Unit* rows, int steps, const Unit* tile, const Unit* zero,
-                                      const Pixels& pixels, float (&sum)[TILES][4]) {
+__device__ __forceinline__ void sweep(const Unit* weights, const Unit* offset_units, int steps, const Unit* tile,
+                                      const Unit* zero, const Pixels& pixels, float (&sum)[TILES][4]) {
   const int lane = threadIdx.x % 32;
   const Unit* const first = tile + pixels.first;
-  const Unit* weights = rows + place_of_weights(lane % 16, lane / 16);
-  const int* offsets = reinterpret_cast<const int*>(rows + steps * WEIGHT_UNITS) + lane % 16;
+  const int* offsets = reinterpret_cast<const int*>(offset_units) + lane % 16;
+  weights += place_of_weights(lane % 16, lane / 16);
   if (!steps) return;
   int next_offset = *offsets;
   Packed<unsigned, 4> next = load_matrices<false>(weights);
@@ -227,56 +247,75 @@ __device__ __forceinline__ void store_units(const float (&sum)[TILES][4], const 
   }
 }
 
-// `bounds` has for each block of filters where its rows start in each chunk, and where they end; `strides` how many
-// values lie between one filter of a block and the next. A block has at most `most_steps` in a chunk.
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
-    tensor_forward(const Element* x, const Element* values, Element* y, const int* offsets, const int* places,
-                   const int* bounds, const int* strides, const float* scale, const float* shift,
-                   const Element* residual, int relu, int images, int channels, int in_h, int in_w, int filters,
-                   int out_h, int out_w, int rects_h, int rects_w, int chunks, int sets, int most_steps) {
-  channels = known<Input::depth>(channels), in_h = known<Input::height>(in_h), in_w = known<Input::image_width>(in_w);
-  filters = known<TARGET_DEPTH>(filters), out_h = known<TARGET_ROWS>(out_h), out_w = known<TARGET_COLUMNS>(out_w);
-  rects_h = known<(TARGET_ROWS + RECT_ROWS - 1) / RECT_ROWS>(rects_h);
-  rects_w = known<(TARGET_COLUMNS + RECT_COLUMNS - 1) / RECT_COLUMNS>(rects_w);
-  Unit* const tiles = reinterpret_cast<Unit*>(shared_memory());
-  Unit* const zero = tiles + BUFFERS * Input::units;
-  Unit* const rows = zero + ZEROS;
-  const int set = blockIdx.x % sets, rect = blockIdx.x / sets;
-  const int part = threadIdx.x / 32 % PARTS, slot = threadIdx.x / 32 / PARTS, block = set * BLOCKS + slot;
-  const bool works = block * FILTERS < filters;
-  const View out{rect / (rects_w * rects_h) * IMAGES * Input::groups, rect / rects_w % rects_h * RECT_ROWS,
-                 rect % rects_w * RECT_COLUMNS, 0, 0};
-  const View in{out.image, out.top * STRIDE_ROWS - PADDING_ROWS, out.left * STRIDE_COLUMNS - PADDING_COLUMNS, 0, 0};
-
-  const Pixels pixels = pixels_of(part);
-  float sum[TILES][4];
+__device__ __forceinline__ void clear_sums(float (&sum)[TILES][4]) {
 #pragma unroll
   for (int i = 0; i < TILES; ++i)
 #pragma unroll
     for (int j = 0; j < 4; ++j) sum[i][j] = 0.0f;
+}
+
+// `bounds` is for each set of BLOCKS blocks of filters as in `Program`, `strides` for each step. At most `most_steps`
+// come together. A set's views are divided into `splits` shares: every so many of all `walks`.
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+    tensor_forward(const Element* x, const Element* values, Element* y, const int* offsets, const int* places,
+                   const int* strides, const int* bounds, const float* scale, const float* shift,
+                   const Element* residual, int relu, int images, int channels, int in_h, int in_w, int filters,
+                   int out_h, int out_w, int rects_h, int rects_w, int chunks, int sets, int most_steps, int walks,
+                   int splits) {
+  channels = known<Input::depth>(channels), in_h = known<Input::height>(in_h), in_w = known<Input::image_width>(in_w);
+  filters = known<TARGET_DEPTH>(filters), out_h = known<TARGET_ROWS>(out_h), out_w = known<TARGET_COLUMNS>(out_w);
+  rects_h = known<(TARGET_ROWS + RECT_ROWS - 1) / RECT_ROWS>(rects_h);
+  rects_w = known<(TARGET_COLUMNS + RECT_COLUMNS - 1) / RECT_COLUMNS>(rects_w);
+  chunks = known<(Input::depth + Input::channels - 1) / Input::channels>(chunks);
+  Unit* const tiles = reinterpret_cast<Unit*>(shared_memory());
+  Unit* const zero = tiles + BUFFERS * Input::units;
+  Unit* const rows = zero + ZEROS;
+  int* const bound = reinterpret_cast<int*>(rows + (ALL_ROWS ? 1 : BUFFERS) * most_steps * STEP_UNITS);
+  const int set = blockIdx.x % sets, split = blockIdx.x / sets;
+  const Program program{values, offsets, places, strides, bounds + set * (chunks * BLOCKS + 1)};
+  const auto view_of = [&](int turn) {
+    const int walk = split + turn / chunks * splits, rects = rects_w * rects_h, batches = walks / rects;
+    const int rect = BATCH_LAST ? walk / batches : walk % rects, batch = BATCH_LAST ? walk % batches : walk / rects;
+    return View{batch * IMAGES * Input::groups, rect / rects_w * RECT_ROWS, rect % rects_w * RECT_COLUMNS, 0, 0};
+  };
+  const auto rows_of = [&](int buffer) { return rows + (ALL_ROWS ? 0 : buffer * most_steps * STEP_UNITS); };
 
   for (int buffer = 0; buffer < BUFFERS; ++buffer) clear_border(Input{}, tiles + buffer * Input::units);
   clear(zero, ZEROS);
-  const auto copy = [&](int chunk, int buffer) {
-    const int first = chunk * Input::channels, left = channels - first;
+  const auto copy_rows_between = [&](int from, int to, int buffer) {
+    copy_rows(rows_of(buffer), rows_of(buffer) + most_steps * WEIGHT_UNITS, program, program.bounds[from],
+              program.bounds[to]);
+  };
+  const auto copy = [&](int turn, int buffer) {
+    const int chunk = turn % chunks, first = chunk * Input::channels, left = channels - first;
+    const View out = view_of(turn);
+    const View in{out.image, out.top * STRIDE_ROWS - PADDING_ROWS, out.left * STRIDE_COLUMNS - PADDING_COLUMNS, 0, 0};
     copy_tile(Input{}, tiles + buffer * Input::units, x, in, first, left < Input::channels ? left : Input::channels,
               images, channels, in_h, in_w);
-    for (int other = 0; other < BLOCKS && (set * BLOCKS + other) * FILTERS < filters; ++other) {
-      const int* bound = bounds + (set * BLOCKS + other) * (chunks + 1) + chunk;
-      copy_rows(rows + (buffer * BLOCKS + other) * most_steps * STEP_UNITS, values, offsets, places, bound[0], bound[1],
-                strides[set * BLOCKS + other]);
-    }
+    if (!ALL_ROWS) copy_rows_between(chunk * BLOCKS, (chunk + 1) * BLOCKS, buffer);
   };
-  pipeline(chunks, copy, [&](int chunk, int buffer) {
-    if (!works) return;
-    const int* bound = bounds + block * (chunks + 1) + chunk;
-    sweep(rows + (buffer * BLOCKS + slot) * most_steps * STEP_UNITS, (bound[1] - bound[0]) / 16,
-          tiles + buffer * Input::units, zero, pixels, sum);
-  });
-  if (!works) return;
+  const auto begin = [&] {
+    if (ALL_ROWS) copy_rows_between(0, chunks * BLOCKS, 0);
+    for (int i = thread_now(); i <= chunks * BLOCKS; i += THREADS) bound[i] = program.bounds[i];
+    if (ALL_ROWS && BATCH_LAST) wait_for_copies();  // the last to come, behind what the first uses wait for
+  };
+
   const Target target{y, scale, shift, residual, relu, images, filters, out_h, out_w};
-  if constexpr (BATCH_LAST)
-    store_units(sum, target, out, block, part);
-  else
-    store_outputs(sum, target, out, block, part);
+  const Pixels pixels = pixels_of(threadIdx.x / 32 % PARTS);
+  float sum[TILES][4];
+  clear_sums(sum);
+  pipeline(chunks * ((walks - split + splits - 1) / splits), begin, copy, [&](int turn, int buffer) {
+    const int warp = thread_now() / 32, part = warp % PARTS, slot = warp / PARTS, block = set * BLOCKS + slot;
+    if (block * FILTERS >= filters) return;
+    const int chunk = turn % chunks, *own = bound + chunk * BLOCKS + slot;
+    const int step = (own[0] - bound[ALL_ROWS ? 0 : chunk * BLOCKS]) / 16;
+    sweep(rows_of(buffer) + step * WEIGHT_UNITS, rows_of(buffer) + most_steps * WEIGHT_UNITS + step * OFFSET_UNITS,
+          (own[1] - own[0]) / 16, tiles + buffer * Input::units, zero, pixels, sum);
+    if (chunk + 1 < chunks) return;
+    if constexpr (BATCH_LAST)
+      store_units(sum, target, view_of(turn), block, part);
+    else
+      store_outputs(sum, target, view_of(turn), block, part);
+    clear_sums(sum);
+  });
 }

@@ -231,6 +231,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   const int *bound = bounds + set * (blocks + 1), *kernel = kernels + set * blocks * 2;
   const auto copy = [&](int chunk, int buffer) {
     const int first = chunk * BLOCKS, count = blocks - first < BLOCKS ? blocks - first : BLOCKS;
+    const auto copy_dy = [&] {
+      copy_tile(Input{}, tiles + buffer * Input::units, dy, from, first * FILTERS, count * FILTERS, images, filters,
+                out_h, out_w);
+    };
+    if (BATCH_LAST) copy_dy();  // on its way while bounds are waited for; else after all that is asynchronous
     for (int slot = 0; slot < count; ++slot) {
       const int block = first + slot, begin = bound[block] * JOB_WORDS, units = bound[block + 1] * JOB_WORDS - begin;
       copy_weights(weights + (buffer * BLOCKS + slot) * block_units, values + kernel[2 * block], kernel[2 * block + 1],
@@ -238,10 +243,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
       for (int unit = thread_now(); unit < units / 4; unit += THREADS)
         copy_unit(own_jobs + (buffer * BLOCKS + slot) * job_units + unit, jobs + begin + 4 * unit, true);
     }
-    copy_tile(Input{}, tiles + buffer * Input::units, dy, from, first * FILTERS, count * FILTERS, images, filters,
-              out_h, out_w);
+    if (!BATCH_LAST) copy_dy();
   };
-  pipeline((blocks + BLOCKS - 1) / BLOCKS, copy, [&](int chunk, int buffer) {
+  pipeline((blocks + BLOCKS - 1) / BLOCKS, [] {}, copy, [&](int chunk, int buffer) {
     for (int slot = 0; slot < BLOCKS && chunk * BLOCKS + slot < blocks; ++slot) {
       if (WORKERS > 1 && slot) __syncthreads();
       const int block = chunk * BLOCKS + slot, count = bound[block + 1] - bound[block];

@@ -5,7 +5,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import defaultdict
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,48 +51,79 @@ def blocks(plan: Plan) -> list[Block]:
 class Rows:
     """The rows of the matrices of all blocks: (channel, tap) as places in a tile.
 
+    Blocks come in sets; a chunk's rows of all blocks of a set are neighbours, and so are a set's chunks.
+
     Attributes
     ----------
     offsets : int32
         Place of each row in the tile of its chunk, in units; -1: a row of zeros, to make the steps whole.
     places : int32
         Which of the values the row has for the block's first filter; -1 likewise.
-    bounds : (blocks, chunks + 1) int32
-        Where the rows of a block start in each chunk of channels, and where they end.
+    bounds : (sets, chunks * blocks of a set + 1) int32
+        Where the rows of each block start in each chunk of channels, and where the last ones end.
     strides : (blocks,) int32
         Values of a filter: from one filter of the block to the next.
+    step_strides : (steps,) int32
+        The same for the block of each step of 16 rows.
     """
 
     offsets: Words
     places: Words
     bounds: Words
     strides: Words
+    step_strides: Words
 
 
-def rows(plan: Plan, tile: Tile) -> Rows:
-    """Lay out the matrices for the forward pass and the gradient of the values."""
+def rows(plan: Plan, tile: Tile, together: int = 1) -> Rows:
+    """Lay out the matrices for the forward pass and the gradient of the values, in sets of so many blocks."""
     chunks, entries = -(-plan.input_shape[1] // tile.channels), plan.pool.entries
-    taps = tap_places(plan.pool, tile)
+    taps, cut = tap_places(plan.pool, tile), blocks(plan)
+    strides = [len(block.channels) * entries for block in cut]
+    by_chunk = [_by_chunk(block, tile, taps) for block in cut]
     offsets: list[int] = []
     places: list[int] = []
-    bounds, strides = [], []
-    for block in blocks(plan):
-        strides.append(len(block.channels) * entries)
-        by_chunk = defaultdict(list)
-        for j, (channel, pattern) in enumerate(zip(block.channels, block.patterns, strict=True)):
-            start = channel % tile.channels * tile.channel_pitch
-            row = tuple(start + tap for tap in taps[pattern])
-            by_chunk[channel // tile.channels].append(((block.base + j) * entries, row))
-        for chunk in range(chunks):
+    bounds: list[int] = []
+    step_strides: list[int] = []
+    for first in range(0, len(cut), together):
+        for chunk, number in product(range(chunks), range(first, first + together)):
             bounds.append(len(offsets))
-            for place, row in without_conflicts(by_chunk[chunk]):
+            if number >= len(cut):
+                continue
+            for place, row in without_conflicts(by_chunk[number][chunk]):
                 offsets += row
                 places += range(place, place + entries)
             missing = -len(offsets) % STEP
             offsets += [-1] * missing
             places += [-1] * missing
+            step_strides += [strides[number]] * (len(offsets) // STEP - len(step_strides))
         bounds.append(len(offsets))
-    return Rows(_words(offsets), _words(places), _words(bounds).reshape(-1, chunks + 1), _words(strides))
+    made = _words(bounds).reshape(-1, chunks * together + 1)
+    return Rows(_words(offsets), _words(places), made, _words(strides), _words(step_strides))
+
+
+def _by_chunk(block: Block, tile: Tile, taps: list[list[int]]) -> dict[int, list[tuple[int, tuple[int, ...]]]]:
+    """Return for each chunk of channels the kernels of a block: place of its values, and places of its rows."""
+    found = defaultdict(list)
+    for j, (channel, pattern) in enumerate(zip(block.channels, block.patterns, strict=True)):
+        start = channel % tile.channels * tile.channel_pitch
+        row = tuple(start + tap for tap in taps[pattern])
+        found[channel // tile.channels].append(((block.base + j) * len(row), row))
+    return found
+
+
+_steps_of: WeakKeyDictionary[Plan, dict[tuple[int, int], tuple[int, int]]] = WeakKeyDictionary()
+
+
+def most_steps(plan: Plan, channels: int, together: int) -> tuple[int, int]:
+    """Return the most steps of 16 rows of a chunk of so many channels, and of all chunks, for so many blocks."""
+    known = _steps_of.setdefault(plan, {})
+    if (channels, together) not in known:
+        kept = (plan.index[::FILTERS] != PRUNED).numpy().astype(np.int64)
+        of_chunk = np.add.reduceat(kept, np.arange(0, kept.shape[1], channels), axis=1)
+        steps = -(-of_chunk * plan.pool.entries // STEP)
+        of_set = np.add.reduceat(steps, np.arange(0, len(steps), together), axis=0)
+        known[channels, together] = int(of_set.max()), int(of_set.sum(1).max())
+    return known[channels, together]
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,7 +209,7 @@ def value_jobs(bounds: Words, spec: TensorSpec) -> tuple[Words, Words]:
     Parameters
     ----------
     bounds : (blocks, chunks + 1) int32
-        Of `Rows`.
+        Of `Rows` in which each set is one block.
     spec : TensorSpec
         How the function is cut up.
 

@@ -112,7 +112,9 @@ class TensorSpec:
     vector : int
         Pixels that are written at once.
     buffers : int
-        Tiles in shared memory: one is used while the other is filled.
+        Tiles in shared memory: one is used while the others are filled.
+    all_rows : bool
+        Forward: whether the weights of all chunks come into shared memory at once, and stay; else each with its chunk.
     target : (int, int, int)
         Channels, rows and columns of the images that positions are of; as `Tile.image`.
     whole_groups : bool
@@ -137,6 +139,7 @@ class TensorSpec:
     columns: int = 0
     vector: int = 1
     buffers: int = 2
+    all_rows: bool = False
     target: tuple[int, int, int] = (0, 0, 0)
     whole_groups: bool = False
     batch_last: bool = False
@@ -171,16 +174,14 @@ class TensorSpec:
         sums = (2 * self.tiles * self.parts * IMAGES + 23) // 32 * 32 + 8  # of a channel; see tensor_input.cuh
         return tiles + 4 * self.channels * sums
 
+    def row_bytes(self, steps: int, chunks: int) -> int:
+        """Return the shared memory of the forward pass for rows that come together, so many steps, and for bounds."""
+        copies = 1 if self.all_rows else self.buffers
+        return UNIT_BYTES * copies * steps * (2 * FILTERS + STEP // 4) + 4 * (chunks * self.blocks + 1)
+
     def weight_bytes(self, kernels: int) -> int:
-        """Return the shared memory of weights, for so many kernels of a filter in a chunk or, input gradient, a set."""
-        if self.function == "grad_values":
-            return 0
-        of_block = (
-            self.steps(kernels) * (2 * FILTERS + STEP // 4)
-            if self.function == "forward"
-            else (kernels * (2 * self.entries + 1))
-        )
-        return self.buffers * self.blocks * of_block * UNIT_BYTES
+        """Return the shared memory of the input gradient for weights, so many kernels of a filter in a set."""
+        return self.buffers * self.blocks * kernels * (2 * self.entries + 1) * UNIT_BYTES
 
     @property
     def job_words(self) -> int:
@@ -190,10 +191,6 @@ class TensorSpec:
     def job_bytes(self, jobs: int) -> int:
         """Return the shared memory of so many jobs of a block of filters."""
         return self.buffers * self.blocks * jobs * 4 * self.job_words
-
-    def steps(self, kernels: int) -> int:
-        """Return the steps of so many kernels."""
-        return ceil(kernels * self.entries / STEP)
 
 
 def render(spec: TensorSpec) -> str:
@@ -229,7 +226,7 @@ def _constants(spec: TensorSpec) -> dict[str, int]:
     if spec.function != "grad_values":
         constants["VECTOR"] = spec.vector
     if spec.function == "forward":
-        constants["ZEROS"] = spec.zeros
+        constants |= {"ZEROS": spec.zeros, "ALL_ROWS": int(spec.all_rows)}
     if spec.function != "grad_values":
         constants |= {"BLOCKS": spec.blocks, "ENTRIES": spec.entries}
     return constants

@@ -8,7 +8,7 @@ from math import ceil, gcd
 from weakref import WeakKeyDictionary
 
 from clicktrain.kernels.cuda.codegen import Dtype, Pair
-from clicktrain.kernels.cuda.tensor_estimate import estimate
+from clicktrain.kernels.cuda.tensor_estimate import estimate, row_bytes
 from clicktrain.kernels.cuda.tensor_geometry import Geometry, following, read_width
 from clicktrain.kernels.cuda.tensor_text import FILTERS, IMAGES, RESIDENT_WARPS, UNIT_BYTES, TensorSpec, Tile
 from clicktrain.kernels.cuda.tiling import Limits
@@ -174,36 +174,44 @@ def _output_tile(geometry: Geometry, rect: Pair, groups: int, blocks: int) -> Ti
 def _with_channels(spec: TensorSpec, plan: Plan, limits: Limits) -> list[TensorSpec]:
     """Return the specification with as many channels in a chunk as fit into shared memory once, twice, or 4 times.
 
-    Where the forward pass has all channels in one chunk, one buffer is enough. Batch last, more of them bring more
-    bytes on their way, and the products of one chunk hide the copy of another.
+    Where the forward pass has all channels in one chunk, one buffer may be enough: other blocks of threads compute
+    while it is filled. With two the next view is copied meanwhile; batch last, more of them bring more bytes on their
+    way. Each chunk costs a barrier, so that few large ones come first.
     """
-    found, forward = [], spec.function == "forward"
+    found, channels, forward = [], plan.input_shape[1], spec.function == "forward"
     many = () if not spec.batch_last else (3, 4, 6) if forward else (3,)
-    for resident, buffers, many_channels in product((1, 2, 4), (1, 2, *many), (True, False)):
-        if (resident > 1 and resident * spec.warps > RESIDENT_WARPS) or (
-            buffers == 1 and not (forward and many_channels)
-        ):
+    for resident, buffers in product((1, 2, 4), (*((1,) if forward else ()), 2, *many)):
+        if resident > 1 and resident * spec.warps > RESIDENT_WARPS:
             continue
-        wanted = MOST_CHANNELS
-        if many_channels:
-            wanted = ceil(plan.input_shape[1] / max(1, buffers - 1)) if forward else plan.input_shape[1]
-        made = _with_chunks(replace(spec, buffers=buffers), wanted, plan, limits.shared_bytes // resident)
-        found += [one for one in made if buffers > 1 or one.input.channels == plan.input_shape[1]]
+        parts = (1, 2, max(1, buffers - 1)) if forward else (1,)
+        for wanted in sorted({MOST_CHANNELS, *(ceil(channels / part) for part in parts)}, reverse=True):
+            made = _with_chunks(replace(spec, buffers=buffers), wanted, plan, limits, resident)
+            found += [one for one in made if buffers > 1 or one.input.channels == channels]
     return list(dict.fromkeys(found))
 
 
-def _with_chunks(spec: TensorSpec, most: int, plan: Plan, limit: int) -> list[TensorSpec]:
+def _with_chunks(spec: TensorSpec, most: int, plan: Plan, limits: Limits, resident: int) -> list[TensorSpec]:
     """Return the specification with chunks of even size, at most so many channels, that fit; none if none does."""
-    channels = plan.input_shape[1]
+    channels, limit = plan.input_shape[1], limits.shared_of(resident)
     fixed = UNIT_BYTES * (spec.zeros + spec.buffers * (spec.output.units if spec.output else 0))
     most = min(most, channels, (limit - fixed) // (UNIT_BYTES * spec.buffers * spec.input.channel_pitch))
     while most >= 1:
         even = ceil(channels / ceil(channels / most))
-        made = replace(spec, input=replace(spec.input, channels=even))
-        if made.shared_bytes + made.weight_bytes(_most_kept(plan, even)) <= limit:
+        made = _with_rows(replace(spec, input=replace(spec.input, channels=even)), plan, limits)
+        if made.shared_bytes + (row_bytes(made, plan) if spec.function == "forward" else 0) <= limit:
             return [made]
         most = even - 1
     return []
+
+
+def _with_rows(spec: TensorSpec, plan: Plan, limits: Limits) -> TensorSpec:
+    """Return the specification of the forward pass with the rows of all chunks at once, if a block has room for them.
+
+    Whether other blocks of threads then find room is not asked: to wait for weights in each chunk costs more.
+    """
+    made = replace(spec, all_rows=spec.function == "forward")
+    fits = made.all_rows and made.shared_bytes + row_bytes(made, plan) <= limits.shared_bytes
+    return made if fits else spec
 
 
 def _warps(limits: Limits) -> list[int]:

@@ -19,8 +19,11 @@ from clicktrain.kernels.cuda.tuning import TensorChoice
 from clicktrain.kernels.plan import Plan
 
 FUNCTIONS: tuple[Function, ...] = get_args(Function)
-CANDIDATES, MOST_ALIKE = 9, 3
-"""Of a pass that are measured, and of these with like rectangles of as many groups of images."""
+CANDIDATES, MOST_ALIKE, MOST_OF_A_WAY = 9, 3, 3
+"""Of a pass that are measured; of these with like rectangles of as many groups of images, and with as many buffers
+for all channels or for chunks, if there are others: what hides the wait for memory is the hardest to estimate."""
+HOPELESS = 2.0
+"""So many times the smallest estimate are not measured for variety's sake."""
 
 
 def choose(function: Function, plan: Plan, dtype: Dtype, limits: Limits, batch_last: bool) -> TensorSpec:
@@ -53,16 +56,28 @@ def likely(function: Function, plan: Plan, dtype: Dtype, limits: Limits, batch_l
 
 
 def _different(function: Function, plan: Plan, dtype: Dtype, limits: Limits, batch_last: bool) -> list[TensorSpec]:
-    candidates = _candidates(function)(plan, dtype, limits, batch_last)
+    def cost(spec: TensorSpec) -> float:
+        return estimate(spec, plan, limits)
+
+    ordered = sorted(_candidates(function)(plan, dtype, limits, batch_last), key=cost)
+    hopeful = [spec for spec in ordered if cost(spec) <= HOPELESS * cost(ordered[0])]
+    found = _varied(hopeful, plan, MOST_OF_A_WAY)
+    found += [spec for spec in _varied(ordered, plan, CANDIDATES) if spec not in found]
+    return [tiling.for_one_size(spec, plan) for spec in sorted(found[:CANDIDATES], key=cost)]
+
+
+def _varied(ordered: list[TensorSpec], plan: Plan, most_of_a_way: int) -> list[TensorSpec]:
+    """Return those of some specifications that are not too much like better ones."""
     found: list[TensorSpec] = []
     seen: Counter[object] = Counter()
-    for spec in sorted(candidates, key=lambda spec: estimate(spec, plan, limits)):
+    for spec in ordered:
         places = (tuple(sorted(spec.rect)), spec.input.groups)
         warps = (*places, spec.warps, spec.blocks, spec.parts)
-        if seen[places] < MOST_ALIKE and not seen[warps]:
-            found.append(tiling.for_one_size(spec, plan))
-            seen.update((places, warps))
-    return found[:CANDIDATES]
+        way = min(spec.buffers, 3), spec.input.channels == plan.input_shape[1]
+        if seen[places] < MOST_ALIKE and seen[way] < most_of_a_way and not seen[warps, way]:
+            found.append(spec)
+            seen.update((places, way, (warps, way)))
+    return found
 
 
 def tune(

@@ -85,13 +85,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 
   int rows[TILES];
   float sum[TILES][2][4];
+  const auto begin = [&] {
 #pragma unroll
-  for (int i = 0; i < TILES; ++i) {
-    const int offset = i < steps ? offsets[job[1] + 16 * i + lane / 16 * 8 + lane % 8] : 0;
-    rows[i] = offset < 0 ? 0 : offset;  // rows that only fill a step are not written
+    for (int i = 0; i < TILES; ++i) {
+      const int offset = i < steps ? offsets[job[1] + 16 * i + lane / 16 * 8 + lane % 8] : 0;
+      rows[i] = offset < 0 ? 0 : offset;  // rows that only fill a step are not written
 #pragma unroll
-    for (int j = 0; j < 8; ++j) sum[i][j / 4][j % 4] = 0.0f;
-  }
+      for (int j = 0; j < 8; ++j) sum[i][j / 4][j % 4] = 0.0f;
+    }
+  };
 
   for (int buffer = 0; buffer < BUFFERS; ++buffer) {
     clear_border(Input{}, buffers + buffer * BUFFER);
@@ -101,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     copy_both(buffers + buffer * BUFFER, x, dy, split + turn * splits, pieces[2 * piece] * FILTERS,
               pieces[2 * piece + 1], images, channels, in_h, in_w, filters, out_h, out_w, rects_h, rects_w);
   };
-  pipeline((walks - split + splits - 1) / splits, copy, [&](int, int buffer) {
+  pipeline((walks - split + splits - 1) / splits, begin, copy, [&](int, int buffer) {
     if (slot >= 0) choose_steps<TILES>(steps, buffers + buffer * BUFFER, slot, rows, sum);
   });
   if (slot < 0) return;

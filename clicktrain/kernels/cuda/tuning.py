@@ -95,6 +95,7 @@ C = TypeVar("C", Choice, TensorChoice)
 _choices: dict[str, Choice | TensorChoice] = {}
 _specs: dict[tuple[str, Choice | TensorChoice], Any] = {}
 """What choices mean: to think through all ways to cut up a pass takes a second."""
+_likely: dict[str, list[Any]] = {}
 
 
 def choices() -> dict[str, dict[str, Any]]:
@@ -115,8 +116,8 @@ def use_choices(made: Mapping[str, Mapping[str, Any]]) -> None:
 
 def forget() -> None:
     """Drop all choices."""
-    _choices.clear()
-    _specs.clear()
+    for memory in (_choices, _specs, _likely):
+        memory.clear()
 
 
 def convolution_spec(layer: Layer, images: int, dtype: Dtype, limits: Limits) -> ConvolutionSpec:
@@ -131,12 +132,23 @@ def gradient_spec(layer: Layer, images: int, dtype: Dtype, limits: Limits) -> Gr
 
 def likely(layer: Layer, images: int, dtype: Dtype, limits: Limits) -> list[ConvolutionSpec]:
     """Return the convolution passes that are worth measuring, the estimate first, no two of them alike."""
-    ordered = sorted(
-        tiling.candidates(layer, images, dtype, limits),
-        key=lambda spec: tiling.estimate(spec, layer, images, limits),
-    )
-    different = {(tuple(sorted(spec.tile)), spec.images, spec.slots, spec.warps): spec for spec in reversed(ordered)}
-    return [spec for spec in ordered if spec in different.values()][:CANDIDATES]
+    key = fingerprint(layer, images, dtype, limits, ConvolutionSpec)
+    if key not in _likely:
+        ordered = sorted(
+            tiling.candidates(layer, images, dtype, limits),
+            key=lambda spec: tiling.estimate(spec, layer, images, limits),
+        )
+        different = {(tuple(sorted(s.tile)), s.images, s.slots, s.warps): s for s in reversed(ordered)}
+        _likely[key] = [spec for spec in ordered if spec in different.values()][:CANDIDATES]
+    return _likely[key]
+
+
+def likely_gradients(layer: Layer, images: int, dtype: Dtype, limits: Limits) -> list[GradientSpec]:
+    """Return the same for the gradient of the values."""
+    key = fingerprint(layer, images, dtype, limits, GradientSpec)
+    if key not in _likely:
+        _likely[key] = gradient_tiling.candidates(layer, images, dtype, limits)
+    return _likely[key]
 
 
 def fastest(specs: Sequence[T], run: Callable[[T], Callable[[], object]]) -> T:

@@ -45,7 +45,9 @@ class Configuration:
     vector : int
         Pixels that are written at once; 0: as many as are read, up to 2.
     buffers : int
-        Of images that are batch last.
+        Tiles in shared memory; of NCHW images up to 2.
+    all_rows : bool
+        Forward: as in `TensorSpec`.
     """
 
     pool: PatternPool
@@ -61,6 +63,7 @@ class Configuration:
     columns: int = 1
     vector: int = 0
     buffers: int = 3
+    all_rows: bool = False
 
     @contextmanager
     def used(self) -> Iterator[None]:
@@ -77,6 +80,9 @@ class Configuration:
         size = (999, {1: 999, 2: 998, 4: 996}[self.width])
         return Geometry(size, size, stride, spread, padding, self.pool.kernel_size, batch_last)
 
+    def _buffers(self, batch_last: bool) -> int:
+        return self.buffers if batch_last else min(2, self.buffers)
+
     def _positions(self) -> int:
         return self.groups * self.rect[0] * self.rect[1]
 
@@ -88,7 +94,7 @@ class Configuration:
             "forward", dtype, self.pool.entries, self.warps, self.warps // self.parts, self.parts, tiles + tiles % 2,
             self.rect, self.stride, self.padding, geometry.tile(self.rect, self.groups, self.channels),
             vector=1 if batch_last else self.vector or min(2, self.width), batch_last=batch_last,
-            buffers=self.buffers if batch_last else 2,
+            buffers=self._buffers(batch_last), all_rows=self.all_rows,
         )  # fmt: skip
 
     def input_spec(self, made: Plan, dtype: Dtype, limits: object, batch_last: bool = False) -> TensorSpec:
@@ -101,7 +107,7 @@ class Configuration:
             -(-self._positions() // (2 * self.parts)), self.rect, (1, 1), padding,
             geometry.tile(self.rect, self.groups, 16 * self.blocks), channels=2 * self.channels, columns=self.columns,
             vector=1 if batch_last else self.vector or min(2, self.width), batch_last=batch_last,
-            buffers=self.buffers if batch_last else 2,
+            buffers=self._buffers(batch_last),
         )  # fmt: skip
 
     def values_spec(self, made: Plan, dtype: Dtype, limits: object, batch_last: bool = False) -> TensorSpec:
@@ -111,7 +117,7 @@ class Configuration:
             "grad_values", dtype, self.pool.entries, self.warps, self.blocks, self.parts, 2, self.rect, self.stride,
             self.padding, geometry.tile(self.rect, self.groups, self.channels),
             tensor_tiling._output_tile(geometry, self.rect, self.groups, self.blocks), batch_last=batch_last,
-            buffers=self.buffers if batch_last else 2,
+            buffers=self._buffers(batch_last),
         )  # fmt: skip
 
     def draw(self, random: np.random.Generator, batch_last: bool = False) -> SharedCase:
@@ -139,40 +145,50 @@ class Configuration:
 
 CONFIGURATIONS = {
     "squares": Configuration(official_pool(4), rect=(2, 3)),
-    "squares, words": Configuration(official_pool(4), rect=(2, 4), width=2, parts=2, columns=2),
+    "squares, words": Configuration(official_pool(4), rect=(2, 4), width=2, parts=2, columns=2, all_rows=True),
     "squares, two groups": Configuration(official_pool(4), rect=(1, 2), groups=2, width=2, warps=4, parts=2),
-    "squares, four pixels at once": Configuration(official_pool(4), rect=(1, 10), width=4, channels=4),
+    "squares, four pixels at once": Configuration(official_pool(4), rect=(1, 10), width=4, channels=4, all_rows=True),
     "squares, eight pixels written at once": Configuration(
         official_pool(4), rect=(1, 16), width=4, warps=4, parts=2, vector=8
     ),
     "squares, sectors exchanged": Configuration(official_pool(4), rect=(2, 16), width=4, parts=2, vector=8),
     "squares, stride 2": Configuration(official_pool(4), stride=(2, 2), rect=(2, 2), warps=4, parts=2),
     "single taps, much padding": Configuration(all_patterns(1), padding=(3, 2), rect=(1, 3), channels=5),
-    "nine taps, no padding": Configuration(all_patterns(9), padding=(0, 0), rect=(1, 2), channels=2),
+    "nine taps, no padding": Configuration(all_patterns(9), padding=(0, 0), rect=(1, 2), channels=2, all_rows=True),
     "odd entries, mixed strides": Configuration(
         PatternPool(tuple(all_patterns(3))[::20]), stride=(1, 2), padding=(1, 0), rect=(3, 1)
     ),
     "pointwise": Configuration(full_pool(1), padding=(0, 0), rect=(2, 2), width=2, channels=7, columns=2),
-    "pointwise, four pixels at once": Configuration(full_pool(1), padding=(0, 0), rect=(1, 4), width=4, channels=7),
+    "pointwise, four pixels at once": Configuration(
+        full_pool(1), padding=(0, 0), rect=(1, 4), width=4, channels=12, buffers=1, all_rows=True
+    ),
     "pointwise, stride 2": Configuration(full_pool(1), padding=(0, 0), stride=(2, 2), rect=(1, 2), channels=6),
-    "five by five": Configuration(full_pool(5), padding=(2, 2), rect=(1, 1), channels=2),
+    "five by five": Configuration(full_pool(5), padding=(2, 2), rect=(1, 1), channels=2, buffers=1),
 }
 BATCH_LAST = {
-    "squares": Configuration(official_pool(4), rect=(2, 3), buffers=4),
-    "squares, two groups": Configuration(official_pool(4), rect=(1, 2), groups=2, warps=4, parts=2, columns=2),
+    "squares": Configuration(official_pool(4), rect=(2, 3), buffers=4, all_rows=True),
+    "squares, two groups": Configuration(
+        official_pool(4), rect=(1, 2), groups=2, warps=4, parts=2, columns=2, channels=12, buffers=2, all_rows=True
+    ),
     "squares, four groups": Configuration(
         official_pool(4), rect=(2, 1), groups=4, warps=4, parts=4, channels=4, buffers=2
     ),
     "squares, three groups": Configuration(official_pool(4), rect=(3, 1), groups=3, warps=2, blocks=1),
-    "squares, eight groups": Configuration(official_pool(4), rect=(1, 1), groups=8, warps=4, parts=2, channels=5),
+    "squares, eight groups": Configuration(
+        official_pool(4), rect=(1, 1), groups=8, warps=4, parts=2, channels=12, buffers=1, all_rows=True
+    ),
     "squares, stride 2": Configuration(official_pool(4), stride=(2, 2), rect=(2, 2), groups=2, warps=4, parts=2),
-    "single taps, much padding": Configuration(all_patterns(1), padding=(3, 2), rect=(1, 3), channels=5, blocks=3),
+    "single taps, much padding": Configuration(
+        all_patterns(1), padding=(3, 2), rect=(1, 3), channels=5, blocks=3, buffers=6, all_rows=True
+    ),
     "nine taps, no padding": Configuration(all_patterns(9), padding=(0, 0), rect=(1, 2), groups=2, channels=2),
     "odd entries, mixed strides": Configuration(
-        PatternPool(tuple(all_patterns(3))[::20]), stride=(1, 2), padding=(1, 0), rect=(3, 1), buffers=2
+        PatternPool(tuple(all_patterns(3))[::20]), stride=(1, 2), padding=(1, 0), rect=(3, 1), buffers=2, all_rows=True
     ),
     "pointwise": Configuration(full_pool(1), padding=(0, 0), rect=(2, 2), groups=2, channels=7, columns=2, buffers=4),
-    "pointwise, stride 2": Configuration(full_pool(1), padding=(0, 0), stride=(2, 2), rect=(1, 2), channels=6),
+    "pointwise, stride 2": Configuration(
+        full_pool(1), padding=(0, 0), stride=(2, 2), rect=(1, 2), channels=6, buffers=1
+    ),
     "five by five": Configuration(full_pool(5), padding=(2, 2), rect=(1, 1), groups=2, channels=2),
 }
 """The same for images that are batch last; `draw` knows it."""

@@ -12,7 +12,7 @@ from clicktrain.errors import InvalidArgument
 from clicktrain.kernels import build, reference
 from clicktrain.kernels.cuda import backend, tensor, tensor_tiling, tensor_tuning, tuning
 from clicktrain.kernels.cuda.backend import Epilogue
-from clicktrain.kernels.cuda.tensor_estimate import estimate
+from clicktrain.kernels.cuda.tensor_estimate import estimate, row_bytes
 from clicktrain.kernels.cuda.tiling import Limits
 from clicktrain.patterns import official_pool
 from tests.kernels.cases import expected, relative_error
@@ -142,6 +142,25 @@ def test_likely_candidates_start_with_the_estimate_and_differ(function, batch_la
     assert len({tensor_tuning.choice_of(spec) for spec in found}) == len(found) == tensor_tuning.CANDIDATES
     estimates = [estimate(spec, LAYER, H200) for spec in found]
     assert estimates == sorted(estimates)
+
+
+def test_likely_forward_passes_hide_the_wait_for_memory_in_different_ways(forgotten):
+    found = tensor_tuning.likely("forward", LAYER, "bfloat16", H200, True)
+    ways = {(min(spec.buffers, 3), spec.input.channels == 64) for spec in found}
+    assert ways >= {(1, True), (2, True), (2, False), (3, False)}
+    assert all(spec.all_rows for spec in found)  # weights of 64 channels fit beside any tiles
+    best = estimate(found[0], LAYER, H200)
+    assert all(estimate(spec, LAYER, H200) < tensor_tuning.HOPELESS * best for spec in found)
+
+
+def test_rows_come_at_once_exactly_where_a_block_has_room(forgotten):
+    made = SharedCase(official_pool(4), 256, 256, 64, (14, 14), (1, 1), (1, 1), 0.28, 1).plan()
+    candidates = tensor_tiling.forward_candidates(made, "bfloat16", H200, True)
+    assert {spec.all_rows for spec in candidates} == {False, True}
+    for spec in candidates:
+        at_once = replace(spec, all_rows=True)
+        assert spec.all_rows == (at_once.shared_bytes + row_bytes(at_once, made) <= H200.shared_bytes)
+        assert spec.shared_bytes + row_bytes(spec, made) <= H200.shared_bytes
 
 
 @pytest.mark.parametrize("function", tensor_tuning.FUNCTIONS)

@@ -15,14 +15,23 @@ import torch
 
 from clicktrain.assignment import assign
 from clicktrain.kernels import plan, reference
-from clicktrain.kernels.cuda import backend, codegen, launch, tensor, tensor_layout, tensor_text, tensor_tiling
+from clicktrain.kernels.cuda import (
+    backend,
+    codegen,
+    launch,
+    tensor,
+    tensor_estimate,
+    tensor_layout,
+    tensor_text,
+    tensor_tiling,
+)
 from clicktrain.kernels.cuda.backend import Epilogue
 from clicktrain.kernels.cuda.tiling import Limits
 from clicktrain.patterns import PRUNED, PatternPool, full_pool, official_pool
 from tests.kernels.cases import expected, relative_error
 from tests.kernels.cuda import nvrtc
 from tests.kernels.cuda.configurations import TOLERANCES, check, run
-from tests.kernels.cuda.host import Fault, HostLauncher, compiled, host_unit, kernel_text, on_host
+from tests.kernels.cuda.host import SMALL, Fault, HostLauncher, compiled, host_unit, kernel_text, on_host
 from tests.kernels.cuda.shared import BATCH_LAST, CHOICES, CONFIGURATIONS, SharedCase
 
 NARROW = ("float16", "bfloat16")
@@ -34,8 +43,11 @@ GRID |= {f"batch last: {name}": (used, True) for name, used in BATCH_LAST.items(
 SQUARES = official_pool(4)
 ONE = PatternPool(tuple(SQUARES)[:1])
 USED = CONFIGURATIONS["squares, stride 2"].small(stride=(1, 1), blocks=4, channels=6)
+RESIDENT = USED.small(all_rows=True)
 CASE = SharedCase(SQUARES, 80, 17, 17, (3, 5), (1, 1), (1, 1), 0.6, seed=8)
 """Several chunks of channels, sets, blocks of filters, groups and shares, cut unevenly, and warps of unequal work."""
+SHARED = replace(SMALL, multiprocessors=16)
+"""Blocks of threads of the forward pass have several views each, some one less than others."""
 WIDE = Limits(shared_bytes=48 << 10, multiprocessors=4, warps=4)
 seen: Counter[str] = Counter()
 
@@ -171,7 +183,7 @@ def outcomes(units, batch_last, edit=str, used=USED, case=CASE):
     if batch_last:
         used, case = used.small(groups=2), replace(case, images=24)
     for order in ("forward", "reverse", "random"):
-        launcher = HostLauncher(units, orders=(order,))
+        launcher = HostLauncher(units, SHARED, orders=(order,))
         launcher.edit = edit
         with on_host(launcher), used.used():
             try:
@@ -199,9 +211,11 @@ def right(units):
 
 
 SYNCHRONISATION = r"(?<=\s)(__syncthreads|wait_for_copies|wait_for_batches<.*>|sync_warp|close_copies)\(\);"
-PLACES = {"tensor.cuh": 6, "tensor_forward.cuh": 0, "tensor_input.cuh": 3, "tensor_values.cuh": 1}
+PLACES = {"tensor.cuh": 10, "tensor_forward.cuh": 1, "tensor_input.cuh": 3, "tensor_values.cuh": 1}
 ELSEWHERE = {
-    ("tensor.cuh", 0): (CONFIGURATIONS["squares, stride 2"], replace(CASE, stride=(2, 2), size=(6, 10))),
+    **{("tensor.cuh", n): (USED.small(buffers=1), CASE) for n in range(3)},
+    ("tensor.cuh", 3): (CONFIGURATIONS["squares, stride 2"], replace(CASE, stride=(2, 2), size=(6, 10))),
+    ("tensor_forward.cuh", 0): (RESIDENT, CASE),
     ("tensor_input.cuh", 1): (USED.small(pool=ONE, warps=2, channels=4), replace(CASE, pool=ONE)),
 }
 """What matters only where pixels are spread out, so that what is cleared is copied too, or where a warp works alone."""
@@ -228,7 +242,10 @@ def test_deleting_any_barrier_or_wait_is_noticed(kernel, number, units):
 MUTANTS = {
     "one buffer for two chunks": ("copy(part + 1, (part + 1) % BUFFERS)", "copy(part + 1, part % BUFFERS)"),
     "a buffer too few": ("copy(next, next % BUFFERS)", "copy(next, next % (BUFFERS - 1))"),
-    "a copy too early": ("AHEAD = BUFFERS > 1 ? BUFFERS - 1 : 1", "AHEAD = BUFFERS"),
+    "a copy too early": ("BUFFERS > 1 ? BUFFERS - 1 : 1", "BUFFERS"),
+    "sums of the view before": ("part);\n    clear_sums(sum);", "part);"),
+    "the same view again": ("split + turn / chunks * splits", "split"),
+    "a view too few": ("(walks - split + splits - 1) / splits", "((walks - split) / splits)"),
     "one buffer for the weights": ("weights + (buffer * BLOCKS + slot)", "weights + slot"),
     "reads below the image": (" && row < height && ", " && "),
     "a unit beyond the last image": ("(WHOLE_GROUPS || image < images)", "true"),
@@ -240,23 +257,35 @@ MUTANTS = {
     "writes right of the gradient": (" || column >= in_w", ""),
     "pixels of dy counted twice": ("left : most_left, top, left", "left : most_left, 0, 0"),
     "a step too few": ("left > 0; --left", "left > 1; --left"),
-    "one buffer for the rows": ("rows + (buffer * BLOCKS + other)", "rows + other"),
+    "one buffer for the rows": ("(ALL_ROWS ? 0 : buffer * most_steps * STEP_UNITS)", "0"),
+    "rows of another block": ("own[0] - bound[ALL_ROWS ? 0 : chunk * BLOCKS]", "0"),
+    "rows of one chunk only": ("copy_rows_between(0, chunks * BLOCKS, 0)", "copy_rows_between(0, BLOCKS, 0)"),
+    "rows with each chunk": ("if (!ALL_ROWS) copy_rows", "if (ALL_ROWS) copy_rows"),
+    "another block's stride": ("strides[first / 16 + item / OF_STEP]", "strides[first / 16]"),
     "images exchanged": ("words[2 * j + 1].items[i / 2], i", "words[2 * j].items[i / 2], i"),
     "another warp's job": ("+ warp / PARTS) * 3", "+ warp) * 3"),
-    "a diverging barrier": ("__syncthreads();\n      }\n", "if (threadIdx.x) __syncthreads();\n      }\n"),
+    "a diverging barrier": ("__syncthreads();\n      const int", "if (threadIdx.x) __syncthreads();\n      const int"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("old_new", MUTANTS.values(), ids=MUTANTS)
-def test_mistakes_are_noticed(old_new, units, right):
-    edited = []
+WITH_ALL_ROWS = {"rows of one chunk only", "rows with each chunk"}
+
+
+@pytest.mark.parametrize(("name", "old_new"), MUTANTS.items(), ids=MUTANTS)
+def test_mistakes_are_noticed(name, old_new, units, right):
+    edited, used = [], RESIDENT if name in WITH_ALL_ROWS else USED
 
     def edit(unit):
         edited.append(old_new[0] in unit)
         return unit.replace(*old_new)
 
-    assert [set(outcomes(units, batch_last, edit)) for batch_last in (False, True)] != [{bits} for bits in right]
+    found = [set(outcomes(units, batch_last, edit, used)) for batch_last in (False, True)]
+    assert found != [{bits} for bits in right]
     assert any(edited)
+
+
+def test_rows_at_once_give_the_same_bits(units, right):
+    assert [set(outcomes(units, batch_last, used=RESIDENT)) for batch_last in (False, True)] == [{b} for b in right]
 
 
 def test_a_fused_epilogue(launcher):
@@ -355,6 +384,33 @@ def test_every_value_has_one_row():
     assert rows.offsets.max() < spec.input.units
 
 
+@pytest.mark.parametrize("together", [1, 2, 4])
+def test_rows_of_a_set_of_blocks_are_neighbours(together):
+    made, tile = CASE.plan(), USED.forward_spec(None, "float16", None).input
+    rows, alone = tensor_layout.rows(made, tile, together), tensor_layout.rows(made, tile)
+    chunks = alone.bounds.shape[1] - 1
+    assert rows.bounds.shape == (-(-5 // together), chunks * together + 1)
+    assert (rows.bounds[1:, 0] == rows.bounds[:-1, -1]).all()
+    assert rows.bounds[-1, -1] == len(rows.places) == 16 * len(rows.step_strides)
+    for number, chunk in product(range(5), range(chunks)):
+        in_set = chunk * together + number % together
+        (first, end), (begin, last) = rows.bounds[number // together, in_set:][:2], alone.bounds[number, chunk:][:2]
+        for found, wanted in ((rows.places, alone.places), (rows.offsets, alone.offsets)):
+            assert (found[first:end] == wanted[begin:last]).all()
+        assert (rows.step_strides[first // 16 : end // 16] == rows.strides[number]).all()
+    of_chunk = np.diff(rows.bounds[:, ::together]) // 16
+    most = tensor_layout.most_steps(made, tile.channels, together)
+    assert most == (of_chunk.max(), of_chunk.sum(1).max())
+
+
+def test_blocks_of_threads_walk_over_several_views():
+    spec = USED.forward_spec(None, "float16", None)
+    walks, splits = tensor_estimate.walks_and_splits(3, spec, CASE.plan(), SHARED)
+    assert 1 < splits < walks
+    assert walks % splits  # and several chunks of channels
+    assert spec.input.channels < 17
+
+
 def test_kernels_are_ordered_against_bank_conflicts():
     kernels = [(0, (0, 1, 2, 3)), (1, (0, 1, 2, 3)), (2, (4, 5, 6, 7)), (3, (12, 13, 14, 15))]
     ordered = tensor_layout.without_conflicts(kernels)
@@ -414,13 +470,12 @@ def compile_unit(name, function, gpu, batch_last):
     """Compile a unit as the backend chooses it for a layer; return its shared memory and what its kernels use."""
     made = LAYERS[name].plan()
     spec = getattr(tensor_tiling, f"{function}_spec")(made, "bfloat16", GPUS[gpu], batch_last)
-    kernels = jobs = 0
+    shared = spec.shared_bytes
     if function == "input":
         found = tensor_layout.input_jobs(made, spec)
-        kernels, jobs = int(found.kernels[..., 1].max()), int(np.diff(found.bounds).max())
+        shared += spec.weight_bytes(int(found.kernels[..., 1].max())) + spec.job_bytes(int(np.diff(found.bounds).max()))
     elif function == "forward":
-        kernels = int(np.diff(tensor_layout.rows(made, spec.input).bounds).max()) // spec.entries
-    shared = spec.shared_bytes + spec.weight_bytes(kernels) + spec.job_bytes(jobs)
+        shared += tensor_estimate.row_bytes(spec, made)
     return shared, nvrtc.compile_for(tensor_text.unit(spec), gpu)
 
 
