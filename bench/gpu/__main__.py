@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,10 @@ from clicktrain.kernels.cuda import codegen, launch
 
 SANITIZED_CONVOLUTIONS = 6
 LEAST_SANITIZER_SECONDS = 15
-SHARES = {"checks": 0.2, "training": 0.35, "sanitizer": 0.1}
-"""Of the minutes, at most; the table of kernels takes the rest."""
+SHARES = {"checks": 0.2, "deployment": 0.12, "training": 0.3, "sanitizer": 0.1}
+"""Of the minutes, about; the table of kernels takes the rest."""
+LATER = ("deployment", "training", "sanitizer")
+"""What comes after the table."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,15 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report: dict[str, Any] = {
         "schema": 2, "provenance": provenance.collect(), "kernel_sources": sources(), "checks": checked.as_dict(),
         "ceilings": ceilings.measure(options.rounds), "rows": [], "wrong": [], "left_out": [], "summary": {},
-        "training": [], "sanitizer": {},
+        "training": [], "deployment": [], "sanitizer": {},
     }  # fmt: skip
-    if not options.no_training:
-        report["training"] = training(options, SHARES["training"] * options.minutes * 60)
-        _save(report, options.out)
-    sanitizer_seconds = 0 if options.no_sanitizer else SHARES["sanitizer"] * options.minutes * 60
-    measure(report, options, end - sanitizer_seconds)
-    if not options.no_sanitizer:
-        report["sanitizer"] = {tool: sanitize(tool, end - time.perf_counter()) for tool in ("memcheck", "racecheck")}
+    seconds = {part: SHARES[part] * options.minutes * 60 for part in LATER if not getattr(options, f"no_{part}")}
+    measure(report, options, end - sum(seconds.values()))
+    add_later_parts(report, options, seconds, end)
     _save(report, options.out)
     print_report(report)
     complaints = [said for said in report["sanitizer"].values() if not _clean(said)]
@@ -79,6 +77,22 @@ def measure(report: dict[str, Any], options: argparse.Namespace, end: float) -> 
                 report["summary"] = table.summary(rows, report["ceilings"])
                 _save(report, options.out)
         report["left_out"] += [workload.name for workload in layers[seen:]]
+
+
+def add_later_parts(
+    report: dict[str, Any], options: argparse.Namespace, seconds: Mapping[str, float], end: float
+) -> None:
+    """Add those parts of the report that have seconds."""
+    from bench.gpu import deployment
+
+    if "deployment" in seconds:
+        report["deployment"] = deployment.measure(options.rounds)
+        _save(report, options.out)
+    if "training" in seconds:
+        report["training"] = training(options, end - seconds.get("sanitizer", 0) - time.perf_counter())
+        _save(report, options.out)
+    if "sanitizer" in seconds:
+        report["sanitizer"] = {tool: sanitize(tool, end - time.perf_counter()) for tool in ("memcheck", "racecheck")}
 
 
 def sanitize(tool: str, seconds: float) -> str:
@@ -120,6 +134,8 @@ def training(options: argparse.Namespace, seconds: float) -> list[dict[str, Any]
 
 def print_report(report: dict[str, Any]) -> None:
     """Print the short table that comes last."""
+    from bench.gpu import deployment
+
     print(f"\n{report['provenance']['gpu']}\nsparse fp32 kernels, times faster (geometric means over layers);")
     print("the last numbers: tensor-core kernels for blocks of 16 filters that share their kernels, in the same type,")
     print("with images in NCHW and, as fast as they are meant to be, batch last")
@@ -134,6 +150,8 @@ def print_report(report: dict[str, Any]) -> None:
         accuracy = statistics.mean(run["accuracy"] for run in mine)
         print(f"  VGG-13 {method} (n={len(mine)}): accuracy {accuracy:.4f}, " +
               ", ".join(f"{stage} step {ms:.2f} ms" for stage, ms in steps.items()))  # fmt: skip
+    for row in report["deployment"]:
+        print(f"  {deployment.Deployed(**row)}")
     for wrong in report["wrong"]:
         print(f"  {wrong}")
     if report["left_out"]:
@@ -147,6 +165,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--checks-only", action="store_true", help="compare with the reference and stop")
     parser.add_argument("--no-sanitizer", action="store_true", help="leave compute-sanitizer out")
     parser.add_argument("--no-training", action="store_true", help="leave the training run out")
+    parser.add_argument("--no-deployment", action="store_true", help="leave the deployed network out")
     parser.add_argument("--rounds", type=int, default=15, help="samples of each contender (default %(default)s)")
     parser.add_argument("--layers", type=int, metavar="N", help="only the first N workloads")
     parser.add_argument("--epochs", type=int, default=19, help="of a training run; 190 is the official length")

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 
 import clicktrain
 from bench.gpu import __main__ as gpu
-from bench.gpu import checks, table
+from bench.gpu import checks, deployment, table
 from bench.gpu.rivals import DENSE, FUNCTIONS, SHARED, SHARED_BATCH_LAST, SPARSE, Case
 from bench.gpu.training import METHODS, MaskedDense, train
 from bench.suite.workloads import LayerShape, Workload
@@ -233,3 +234,20 @@ def test_the_report_names_the_sources(tmp_path, monkeypatch):
 
 def test_the_backend_is_listed_for_cuda_tensors_only():
     assert backends.BACKENDS["cuda"].supports(torch.zeros(1, device="meta")) is not True
+
+
+def test_the_report_ends_with_every_part(capsys):
+    timing_ = {"name": "compiled", "median_ms": 0.25, "p20_ms": 0.2, "p80_ms": 0.3, "n": 9, "error": 1e-6}
+    deployed = deployment.Deployed(1, 2, {"torch": 3.0, "dense, recorded": 1.5}, [timing_])
+    run = {"method": "sparse", "seed": 0, "epochs": 1, "accuracy": 0.875, "step_ms": {"dense": 7.0, "sparse": 4.5}}
+    gpu.print_report({
+        "provenance": {"gpu": "Some GPU"}, "summary": {"forward 8x": {"cuDNN fp32": 3.5}}, "training": [run],
+        "sanitizer": {"memcheck": "ERROR SUMMARY: 0 errors"}, "deployment": [asdict(deployed)],
+        "wrong": ["a wrong layer"], "left_out": ["another layer"],
+    })  # fmt: skip
+    said = capsys.readouterr().out
+    for part in (
+        "Some GPU", "cuDNN fp32 3.50x", "memcheck: ERROR SUMMARY: 0 errors", "accuracy 0.8750", "sparse step 4.50 ms",
+        "VGG-13 9.0x, batch 1: 0.250 ms  torch 3.00x  dense, recorded 1.50x", "a wrong layer", "1 workloads were left",
+    ):  # fmt: skip
+        assert part in said
