@@ -9,7 +9,7 @@ from typing import Any
 
 from clicktrain.errors import ConfigError
 from clicktrain.files import write_atomic
-from reproductions import arithmetic, paths, retained
+from reproductions import arithmetic, gpu_tables, paths, retained
 from reproductions.claims import CLAIMS, Claim
 from reproductions.preset import MethodRow
 from reproductions.store import Study
@@ -33,6 +33,7 @@ def render() -> str:
     """Return all tables as Markdown."""
     studies = evidence_studies()
     parts = [claims_table(), accountings_table(), *(methods_table(study) for study in studies), *inference_tables()]
+    parts += [f"{title}\n\n{_table(head, rows)}" for title, head, rows in gpu_tables.stored()]
     return "\n\n".join(parts)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from clicktrain.errors import ConfigError
-from reproductions import arithmetic, paths, retained, tables
+from reproductions import arithmetic, gpu_tables, paths, retained, tables
 from reproductions.claims import CLAIMS
 from tests.helpers.studies import make_study
 
@@ -104,3 +104,29 @@ def test_engines_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "a CPU, 2 threads" in text
     assert "| VGG, 9.0x, batch 1 | clicktrain | 2.00 | - | 1e-07 | 3 | 20 | 6.7 |" in text
     assert "| VGG, 9.0x, batch 1 | torch | 9.00 | 4.50x (goal 5.0x, missed) | 1e-07 | - | - | - |" in text
+
+
+def test_the_gpu_report_becomes_three_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "BENCHMARKS", tmp_path)
+    assert gpu_tables.stored() == []
+    means = {"cuDNN fp32": 3.5, "best layer, cuDNN fp32": 5.0, "share of the FP32 rate": 0.25}
+    run = {"method": "sparse", "seed": 0, "epochs": 19, "accuracy": 0.9, "step_ms": {"dense": 7.0, "sparse": 4.0}}
+    report = {
+        "provenance": {"gpu": {"model": "Some GPU"}},
+        "rows": [{"function": "forward", "compression": 8.0}, {"function": "forward", "compression": 4.5}],
+        "summary": {"forward 8x": means | {"share of copy bandwidth": 0.1}},
+        "training": [run, run | {"seed": 1, "accuracy": 0.8, "step_ms": {"dense": 8.0, "sparse": 5.0}}],
+        "deployment": [
+            {"batch": 1, "dense_layers": 2, "speedups": {"torch": 3.0}, "timings": [{"median_ms": 0.5, "error": 1e-6}]}
+        ],
+    }
+    (tmp_path / "gpu.json").write_text(json.dumps(report))
+    kernels, training, deployed = gpu_tables.stored()
+    assert "Some GPU" in kernels[0]
+    (cells,) = kernels[2]
+    assert dict(zip(kernels[1], cells, strict=True))["cuDNN fp32"] == "3.50x"
+    assert cells[:2] == ("forward 8x", "1")
+    assert training[2] == [("sparse", "2", "19", "7.50", "4.50", "85.00")]
+    assert deployed[2] == [("1", "0.500", "2", "3.00x", "1e-06")]
+    (tmp_path / "gpu.json").write_text(json.dumps(report | {"training": [], "deployment": []}))
+    assert len(gpu_tables.stored()) == 1
