@@ -20,6 +20,7 @@ from clicktrain.kernels.cuda.backend import Epilogue
 from clicktrain.kernels.plan import Plan, plan
 
 ROUNDS = 9
+_OF_PLANS = ("assignment", "masks")
 Operation = Callable[..., Tensor]
 
 
@@ -134,7 +135,7 @@ def _operation(node: Node, graph: Graph, images: int, tune: bool) -> Operation:
 def _plan(node: Node, graph: Graph, images: int) -> Plan:
     stride, padding = (tuple(node.attributes[key]) for key in ("stride", "padding"))
     shape = (images, *_shape(graph.nodes[node.inputs[0]]))
-    return plan(node.tensors["assignment"].cpu(), node.pool, shape, stride, padding)
+    return plan(node.tensors["assignment"], node.pool, shape, stride, padding)
 
 
 def _convolution(node: Node, made: Plan, tune: bool) -> Operation:
@@ -149,12 +150,12 @@ def _convolution(node: Node, made: Plan, tune: bool) -> Operation:
 
 
 def _on(node: Node, device: torch.device) -> Node:
-    """Return a node with its constants on the device; those of a dense convolution are its weight and bias."""
+    """Return a node with its constants on the device, except what plans are made from; dense ones have a weight."""
     tensors = node.tensors
     if node.is_dense:
         weight = Assignment(tensors["assignment"], node.pool).scatter(tensors["values"])
         tensors = {"weight": weight, "bias": tensors["bias"]}
-    return replace(node, tensors={name: tensor.to(device) for name, tensor in tensors.items()})
+    return replace(node, tensors={name: t if name in _OF_PLANS else t.to(device) for name, t in tensors.items()})
 
 
 def _shape(node: Node) -> tuple[int, ...]:

@@ -101,6 +101,16 @@ def test_dense_layers_among_sparse_ones_give_the_same_results(launcher: HostLaun
         assert error(GpuEngine(replace(graph, nodes=nodes), 2, CPU).run(x), dense(model)(x)) < TOLERANCE
 
 
+def test_constants_go_to_the_device_and_plans_are_made_from_what_stays() -> None:
+    """Memory of the device "meta" cannot be read, as that of a GPU cannot be by numpy."""
+    graph, meta = graph_of(everything(), torch.randn(2, 3, 12, 12)), torch.device("meta")
+    for node in graph.nodes.values():
+        there = gpu._on(node, meta)
+        assert {name for name, t in there.tensors.items() if t.device != meta} <= {"assignment", "masks"}
+        if node.op == "conv":
+            assert gpu._plan(there, graph, 2).values_shape == tuple(node.tensors["values"].shape)
+
+
 def test_sparse_or_dense_is_what_was_measured_to_be_faster(
     launcher: HostLauncher, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,11 @@
 // filters therefore share tiles, up to 8 of them. And waits count: a load that misses the second-level cache takes an
 // H100 about 0.6 us. Where an address depends on another load, tiles are already on their way.
 //
+// What an H100 reaches (bench/evidence/gpu.json: VGG-13 at 8x, batch 128): the forward pass is level with cuDNN in the
+// same type (1.03 times as fast, 1.23 times on 64 channels of 32 x 32), the gradient of the input takes 1.4 times as
+// long, that of the values 1.2 times. Both limits are far: kernels of 15 to 30 microseconds wait for memory once or
+// twice, and small images leave few blocks.
+//
 // Banks. The 8 rows of a matrix are read without a conflict if their units differ modulo 8. The row pitch is 2 modulo
 // 4 units, so that the taps {0, 1, pitch, pitch + 1} of a square differ, and the pitch from one channel to the next is
 // 4 modulo 8: the next channel's square fits in, if the distance of the channels is odd. `tensor_layout` orders the
