@@ -29,10 +29,11 @@ def stored() -> list[Table]:
 
 def _kernels(report: Any) -> Table:
     gpu = report["provenance"]["gpu"]["model"]
+    networks = ", ".join(dict.fromkeys(row["workload"].split(".")[0] for row in report["rows"]))
     title = (
-        f"Kernels on one {gpu}: times that the sparse float32 kernel is faster, geometric means over layers of VGG-13 "
-        "(batch 128) and ResNet-18 and -50 (batch 64); the last two columns: tensor-core kernels of layers whose "
-        "filters share kernels in blocks of 16, NCHW and batch last, over cuDNN in bfloat16. 'Product': without im2col."
+        f"Kernels on one {gpu}: times that the sparse float32 kernel is faster, geometric means over layers of "
+        f"{networks}; the last two columns: tensor-core kernels of layers whose filters share kernels in blocks of 16, "
+        "NCHW and batch last, over cuDNN in bfloat16. 'Product': without im2col."
     )
     head = ("function", "layers", *_MEANS, *_SHARES, "tensor cores, NCHW", "batch last")
     rows = []

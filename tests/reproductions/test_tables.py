@@ -113,7 +113,10 @@ def test_the_gpu_report_becomes_three_tables(tmp_path: Path, monkeypatch: pytest
     run = {"method": "sparse", "seed": 0, "epochs": 19, "accuracy": 0.9, "step_ms": {"dense": 7.0, "sparse": 4.0}}
     report = {
         "provenance": {"gpu": {"model": "Some GPU"}},
-        "rows": [{"function": "forward", "compression": 8.0}, {"function": "forward", "compression": 4.5}],
+        "rows": [
+            {"workload": "vgg13.64x32@128 8x", "function": "forward", "compression": 8.0},
+            {"workload": "resnet18.64x56@64 4.5x", "function": "forward", "compression": 4.5},
+        ],
         "summary": {"forward 8x": means | {"share of copy bandwidth": 0.1}},
         "training": [run, run | {"seed": 1, "accuracy": 0.8, "step_ms": {"dense": 8.0, "sparse": 5.0}}],
         "deployment": [
@@ -123,6 +126,7 @@ def test_the_gpu_report_becomes_three_tables(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "gpu.json").write_text(json.dumps(report))
     kernels, training, deployed = gpu_tables.stored()
     assert "Some GPU" in kernels[0]
+    assert "layers of vgg13, resnet18;" in kernels[0]
     (cells,) = kernels[2]
     assert dict(zip(kernels[1], cells, strict=True))["cuDNN fp32"] == "3.50x"
     assert cells[:2] == ("forward 8x", "1")
