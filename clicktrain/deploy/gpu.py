@@ -51,6 +51,11 @@ class GpuEngine:
         """Return the result for a contiguous batch of exactly the size that it was made for."""
         if x.device.type != "cuda":
             return self.compute(x)
+        with torch.inference_mode(False):  # a recording's memory serves callers in any mode
+            return self._replay(x)
+
+    @torch.no_grad()
+    def _replay(self, x: Tensor) -> Tensor:
         try:
             recording = self._idle.pop()
         except IndexError:
@@ -144,6 +149,7 @@ def _convolution(node: Node, made: Plan, tune: bool) -> Operation:
     values, bias = node.tensors["values"].contiguous(), node.tensors["bias"].contiguous()
 
     def convolve(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        residual = None if residual is None else residual.contiguous()
         return backend.forward_fused(x, values, made, Epilogue(None, bias, residual, node.relu))
 
     return convolve

@@ -78,6 +78,26 @@ def test_every_operation_gives_what_the_model_gives(launcher: HostLauncher) -> N
     assert any("constexpr int FUSED = 1;" in text for text in launcher.texts)
 
 
+class Turned(nn.Module):
+    """What is added to a convolution's result lies elsewhere in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.conv(x) + x.transpose(2, 3))
+
+
+@torch.no_grad()
+def test_an_operand_of_the_epilogue_may_lie_anywhere(launcher: HostLauncher) -> None:
+    model, x = Turned(), torch.randn(2, 4, 6, 6)
+    graph = graph_of(model, x)
+    assert [node.op for node in graph.nodes.values()].count("add") == 0
+    with on_host(launcher):
+        assert error(GpuEngine(graph, 2, CPU).run(x), model(x)) < TOLERANCE
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["vgg11", "resnet32"])
 def test_networks_of_the_zoo_run_whole(name: str, launcher: HostLauncher) -> None:
@@ -204,6 +224,8 @@ def test_recorded_networks_give_what_the_model_gives_to_any_thread(batch: int, t
                 got[number] = compiled(inputs[number].cuda()).cpu()
 
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with torch.inference_mode():
+            assert error(compiled(inputs[0].cuda()).cpu(), want[0]) < TOLERANCE
         threads = [threading.Thread(target=work, args=(range(first, 12, 3),)) for first in range(3)]
         for thread in threads:
             thread.start()
