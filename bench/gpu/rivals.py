@@ -31,7 +31,7 @@ SPARSE = "sparse fp32"
 SHARED = "shared bf16"
 """The project's kernels where blocks of 16 filters keep the same kernels: another layer, of the same compression."""
 SHARED_BATCH_LAST = "shared bf16, batch last"
-"""The same in the format that suits them, as channels_last suits cuDNN: operands are in it, not timed."""
+"""The same on images batch last: operands are in that format, as cuDNN's are in channels_last, not timed."""
 SHARED_FILTERS = 16
 SHARED_TOLERANCE = 1.6e-2
 

@@ -61,7 +61,7 @@ def prepare(cases: Sequence[Case]) -> None:
     for case in cases:
         for dtype, candidates in ((torch.float32, None), (torch.bfloat16, 1)):
             texts += backend.units(case.plan, dtype, candidates)
-        if case.shared_plan is not None:  # batch last is their format; the other one goes as estimated
+        if case.shared_plan is not None:  # one format is chosen for by timing, the other one goes as estimated
             for batch_last, candidates in ((False, 1), (True, None)):
                 texts += backend.units(case.shared_plan, torch.bfloat16, candidates, batch_last)
     compile_ahead(texts)
