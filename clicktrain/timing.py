@@ -269,9 +269,9 @@ def _cpu_sample(run: Callable[[], object], calls: int) -> float:
 class _CudaSample:
     """One call between two events, after another call and after the second-level cache was overwritten.
 
-    The first call is there because a kernel pays for what the one before it was: if they divide the first-level cache
-    and shared memory differently, for instance, the second one takes up to 60 microseconds longer (H100). In a network
-    a convolution follows kernels that do not care.
+    The first call is there because a contender was seen to take some ten microseconds longer right after another
+    library's kernels (H100); presumably the device divides the first-level cache and shared memory anew. In a network a
+    convolution mostly follows kernels that do not care.
     """
 
     def __init__(self) -> None:
