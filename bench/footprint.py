@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 
 from bench import engines
+from clicktrain import memory
 
 ROOT = Path(__file__).resolve().parent.parent
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+CLEAR = Path("/proc/self/clear_refs")
 TIMEOUT_SECONDS = 300
 
 
@@ -45,13 +46,13 @@ def measure(engine: str, path: Path, batch: int, size: int) -> Footprint:
         engines.IMPORTS[engine]()
     x = torch.randn(batch, 3, size, size)
     CLEAR.write_text("5")  # the peak starts from here
-    before = _megabytes("VmRSS")
+    before = memory.counted("VmRSS")
     start = time.perf_counter()
     run = engines.ENGINES[engine](path, x)
     load_ms = (time.perf_counter() - start) * 1e3
     run(x)
     run(x)
-    return Footprint(load_ms, _megabytes("VmHWM") - before)
+    return Footprint(load_ms, (memory.counted("VmHWM") - before) / 2**20)
 
 
 def in_new_process(engine: str, path: Path, batch: int, size: int) -> Footprint:
@@ -61,11 +62,6 @@ def in_new_process(engine: str, path: Path, batch: int, size: int) -> Footprint:
     if done.returncode:
         raise OSError((done.stderr.strip().splitlines() or ["no output"])[-1])
     return Footprint(**json.loads(done.stdout.splitlines()[-1]))
-
-
-def _megabytes(name: str) -> float:
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) / 1024
 
 
 if __name__ == "__main__":

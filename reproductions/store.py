@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from enum import StrEnum
@@ -48,6 +49,8 @@ class Figures:
         Spent on the whole run.
     seconds : float
         Time of training: steps times median step time of each stage, and what selecting patterns took.
+    peak_memory : float
+        Most megabytes (10^6 bytes) in use, see `clicktrain.memory.peak`; NaN for runs of before it was measured.
     """
 
     accuracy: float
@@ -56,6 +59,7 @@ class Figures:
     inference_flops_saved: float
     training_flops: float
     seconds: float
+    peak_memory: float
 
     @classmethod
     def from_result(cls, result: dict[str, Any]) -> Figures:
@@ -68,6 +72,7 @@ class Figures:
             inference_flops_saved=result["inference_flops_saved_percent"],
             training_flops=result["training_flops"]["used"],
             seconds=steps + result["seconds"]["select"],
+            peak_memory=result.get("peak_memory_bytes", math.nan) / 1e6,
         )
 
 
@@ -124,8 +129,9 @@ class Study:
         return [run for run in self.runs if run.spec.method == method]
 
     def sample(self, method: str, figure: str) -> dict[int, float]:
-        """Return a figure of a method by seed."""
-        return {run.spec.seed: getattr(run.figures, figure) for run in self.of(method)}
+        """Return a figure of a method by seed, of the runs that know it."""
+        found = {run.spec.seed: getattr(run.figures, figure) for run in self.of(method)}
+        return {seed: value for seed, value in found.items() if not math.isnan(value)}
 
 
 def load_study(directory: StudyDirectory) -> Study:

@@ -21,7 +21,7 @@ END = "<!-- results: end -->"
 
 _METHODS = (
     "method", "runs", "accuracy, %", "less dense, points", "compression", "inference FLOPs saved, %",
-    "training FLOPs saved, %", "time / dense",
+    "training FLOPs saved, %", "time / dense", "peak memory, MB",
 )  # fmt: skip
 _COSTS = {"load_ms": 0, "peak_mb": 0, "file_mb": 1}
 _ENGINES = (
@@ -124,6 +124,7 @@ def _method_row(summary: MethodSummary) -> Sequence[str]:
         spread(figures.get("inference_flops_saved"), 1),
         spread(summary.training_flops_saved, 1),
         interval(summary.time_ratio, 2, "x"),
+        spread(figures.get("peak_memory"), 0),
     )
 
 

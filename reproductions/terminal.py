@@ -46,6 +46,7 @@ def methods_table(study: Study, summaries: list[MethodSummary]) -> Table:
         table.add_column(heading, justify="right")
     table.add_column("seconds", justify="right")
     table.add_column("/ dense", justify="right")
+    table.add_column("peak MB", justify="right")
     for summary in summaries:
         figures = summary.figures
         table.add_row(
@@ -58,6 +59,7 @@ def methods_table(study: Study, summaries: list[MethodSummary]) -> Table:
             spread(summary.training_flops_saved, 1),
             spread(figures.get("seconds"), 1),
             interval(summary.time_ratio, 2, "x"),
+            spread(figures.get("peak_memory"), 0),
         )
     return table
 

@@ -80,7 +80,12 @@ def _finite(ratio: float) -> float | None:
 
 
 def summarise(
-    trainer: Trainer, network: nn.Module, metrics: Path, total_seconds: float, shared_seconds: float = 0.0
+    trainer: Trainer,
+    network: nn.Module,
+    metrics: Path,
+    total_seconds: float,
+    shared_seconds: float = 0.0,
+    peak_memory: int = 0,
 ) -> Record:
     """Return the content of ``result.json`` for a finished run.
 
@@ -96,6 +101,8 @@ def summarise(
         Wall-clock time of all processes that worked on the run, up to their last checkpoints.
     shared_seconds : float
         How much of that another run spent on the epochs that this one took over.
+    peak_memory : int
+        Most bytes that any of these processes used, see `clicktrain.memory.peak`.
     """
     session, cost = trainer.session, trainer.meter.cost
     records = list(read_metrics(metrics))
@@ -132,6 +139,7 @@ def summarise(
             "total": total_seconds,
             "shared": shared_seconds,
         },
+        "peak_memory_bytes": peak_memory,
         "stages": stage_times(steps, epochs),
     }
 

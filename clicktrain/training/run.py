@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from clicktrain import distributed, provenance
+from clicktrain import distributed, memory, provenance
 from clicktrain.config import RunConfig
 from clicktrain.errors import CheckpointError, ClickTrainError, DivergedError, InvalidArgument
 from clicktrain.training.callbacks import Callback, CallbackList, TensorBoard
@@ -265,13 +265,14 @@ class _Run:
         self._shared = CheckpointStore(directory.shared, keep=None)
         self._has_checkpoint = isinstance(begin, dict)
         self._taken_over: list[Record] = []
-        self._earlier_seconds, self._metrics_bytes = 0.0, 0
+        self._earlier_seconds, self._earlier_memory, self._metrics_bytes = 0.0, 0, 0
         self._trainer = _trainer(session, found)
         if isinstance(begin, DenseStart):
             self._taken_over = list(begin.records_of(self._trainer))
-            self._earlier_seconds = begin.seconds
+            self._earlier_seconds, self._earlier_memory = begin.seconds, begin.peak_memory
         elif begin is not None:
             self._earlier_seconds, self._metrics_bytes = begin["seconds"], begin["metrics_bytes"]
+            self._earlier_memory = begin.get("peak_memory", 0)  # absent before it was measured
         self._keep_epochs = _checked_epochs(keep_epochs, self._trainer.timeline.epochs)
 
     def finish(self) -> dict[str, Any]:
@@ -300,7 +301,9 @@ class _Run:
             metrics.close()
             watch.on_end()
         network, shared_seconds = trainer.method.finish(), self._directory.shared_seconds()
-        result = summarise(trainer, network, self._directory.metrics, self._seconds(), shared_seconds)
+        result = summarise(
+            trainer, network, self._directory.metrics, self._seconds(), shared_seconds, self._peak_memory()
+        )
         self._directory.write_result(result)
         return result
 
@@ -324,6 +327,7 @@ class _Run:
             "seed": self._trainer.session.seed,
             "metrics_bytes": metrics.sync(),
             "seconds": self._seconds(),
+            "peak_memory": self._peak_memory(),
             "trainer": self._trainer.state_dict(),
         }
         if self._is_to_be_kept:  # first: once the checkpoint is there, no restart comes by here again
@@ -339,6 +343,10 @@ class _Run:
     def _seconds(self) -> float:
         """Return the wall-clock time of all segments of the run so far."""
         return self._earlier_seconds + time.perf_counter() - self._started
+
+    def _peak_memory(self) -> int:
+        """Return the most bytes that a process used that worked on the run so far."""
+        return max(self._earlier_memory, memory.peak(self._trainer.session.device))
 
 
 def _load(store: CheckpointStore, watch: Callback) -> dict[str, Any] | None:

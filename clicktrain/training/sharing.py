@@ -48,6 +48,8 @@ class DenseStart:
         The other's metrics of these epochs.
     seconds : float
         Wall-clock time the other spent on them.
+    peak_memory : int
+        Most bytes that the other used for them.
     origin : dict
         For the provenance: whose epochs these are, how many, and under which conditions they were trained.
     """
@@ -55,6 +57,7 @@ class DenseStart:
     trainer: dict[str, Any]
     records: list[Record]
     seconds: float
+    peak_memory: int
     origin: dict[str, Any]
 
     def records_of(self, trainer: Trainer) -> Iterator[Record]:
@@ -132,7 +135,7 @@ def take_over(
         "code": [segment["code"] for segment in segments] + earlier["code"],
     }
     records = _records(donor, epoch, steps[epoch - 1])
-    return DenseStart(state["trainer"], records, state["seconds"], origin)
+    return DenseStart(state["trainer"], records, state["seconds"], state.get("peak_memory", 0), origin)
 
 
 def _first_difference(

@@ -170,6 +170,7 @@ def result(spec: RunSpec, stages: tuple[str, ...], accuracy: float) -> dict[str,
         "layers": [{"name": "conv1", "weights": 36, "kept": 36}, {"name": "conv2", "weights": 90, "kept": 90 // ratio}],
         "patterns": [] if is_dense else [{"kept": [0, 1, 3, 4], "kernels": 3}, {"kept": [4, 5, 7, 8], "kernels": 1}],
         "seconds": {"train": seconds, "eval": 1.0, "select": 0.0, "total": seconds + 1},
+        "peak_memory_bytes": 400_000_000 if is_dense else 500_000_000,
         "stages": [
             {"name": stage, "epochs": 1, "steps": 10, "median_step_seconds": step, "seconds": step * 10}
             for stage in stages

@@ -101,6 +101,7 @@ def test_the_result_has_every_figure(finished: Path) -> None:
     assert seconds["train"] == pytest.approx(sum(stage["seconds"] for stage in result["stages"]))
     assert seconds["total"] > seconds["train"] + seconds["eval"] + seconds["select"] > 0
     assert result["parameters"]["kept"] < result["parameters"]["dense"]
+    assert result["peak_memory_bytes"] > 10_000_000
 
 
 def test_a_dense_run_saves_nothing(tmp_path: Path) -> None:
@@ -136,6 +137,16 @@ def test_times_of_all_segments_add_up(tmp_path: Path, monkeypatch: pytest.Monkey
     before = torch.load(checkpoint, weights_only=True)["seconds"]
     monkeypatch.setattr("clicktrain.training.run._Run._seconds", lambda self: self._earlier_seconds + 1000)
     assert train(CONFIG, tmp_path, callbacks=[])["seconds"]["total"] == before + 1000
+
+
+@pytest.mark.parametrize(("later", "peak"), [(10, 2**50), (2**51, 2**51)])
+def test_memory_is_that_of_the_process_that_needed_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: int, peak: int
+) -> None:
+    monkeypatch.setattr("clicktrain.memory.peak", lambda device: 2**50)
+    interrupt(tmp_path, 9)
+    monkeypatch.setattr("clicktrain.memory.peak", lambda device: later)
+    assert train(CONFIG, tmp_path, callbacks=[])["peak_memory_bytes"] == peak
 
 
 def test_a_damaged_checkpoint_costs_a_few_steps_only(tmp_path: Path, finished: Path) -> None:

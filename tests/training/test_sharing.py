@@ -165,6 +165,14 @@ def test_a_run_begun_from_dense_epochs_has_the_bits_of_one_trained_alone(
     assert theirs["seconds"]["shared"] == 0.0
 
 
+def test_memory_that_only_the_shared_epochs_needed_counts(
+    tmp_path: Path, dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clicktrain.memory.peak", lambda device: 10)
+    theirs = json.loads((dense / "result.json").read_text())["peak_memory_bytes"]
+    assert 10 < train(CLICKTRAIN, tmp_path, callbacks=[], begin_from=dense)["peak_memory_bytes"] <= theirs
+
+
 def test_the_times_of_shared_epochs_are_the_donors(tmp_path: Path, dense: Path) -> None:
     train(CLICKTRAIN, tmp_path, callbacks=[], begin_from=dense)
     mine, theirs = ([r for r in read_metrics(run / "metrics.jsonl") if r["epoch"] < 2] for run in (tmp_path, dense))
