@@ -48,8 +48,9 @@ class Losses:
 
     Where a rounding error turns the sign of one activation, gradients jump, and from then on two runs drift apart,
     whoever computes them: the reference drifts from itself by as much if its first weights change in the last bit.
-    So two things are compared, each against the same goal: every step from equal weights, which tells whether the
-    arithmetic is right, and runs on their own, beside the drift of the reference from itself.
+    So two things are compared, each against the same goal: every step from equal weights, those of the reference's run
+    and those of the CPU backend's own, which tells whether the arithmetic is right, and runs on their own, beside the
+    drift of the reference from itself.
 
     Attributes
     ----------
@@ -61,6 +62,8 @@ class Losses:
         Norm of the difference of the weights after these steps, relative to that of the reference's update.
     cpu_alone, nudged_alone : tuple of float
         The CPU backend, and the reference from weights that are one bit larger, each going on from its own weights.
+    beside_alone : tuple of float
+        The reference, each step from the weights and momentum of `cpu_alone`.
     """
 
     reference: tuple[float, ...]
@@ -68,11 +71,12 @@ class Losses:
     updates: tuple[float, ...]
     cpu_alone: tuple[float, ...]
     nudged_alone: tuple[float, ...]
+    beside_alone: tuple[float, ...]
 
     @property
     def difference(self) -> float:
         """Largest difference of the CPU backend from equal weights, relative to the reference."""
-        return self._from_reference(self.cpu)
+        return max(self._from_reference(self.cpu), _largest(self.cpu_alone, self.beside_alone))
 
     def as_dict(self) -> dict[str, object]:
         """Return plain values for JSON."""
@@ -82,7 +86,7 @@ class Losses:
         }  # fmt: skip
 
     def _from_reference(self, curve: tuple[float, ...]) -> float:
-        return max(abs(c - r) / abs(r) for c, r in zip(curve, self.reference, strict=True))
+        return _largest(curve, self.reference)
 
     def __str__(self) -> str:
         ends = f"loss {self.reference[0]:.4f} to {self.reference[-1]:.4f} in {len(self.cpu)} steps, difference"
@@ -93,6 +97,10 @@ class Losses:
             f"{'of losses of runs on their own':{NAME_WIDTH}}{drift:8.1e}  {_against_goal(drift)} "
             f"(reference, one bit changed: {self._from_reference(self.nudged_alone):.1e})"
         )
+
+
+def _largest(curve: tuple[float, ...], reference: tuple[float, ...]) -> float:
+    return max(abs(c - r) / abs(r) for c, r in zip(curve, reference, strict=True))
 
 
 def _against_goal(difference: float) -> str:
@@ -111,17 +119,18 @@ def losses(setting: Setting, steps: int = LOSS_STEPS) -> Losses:
             return step(x, y)
 
     cpu, alone = Step(setting.sparse("cpu")), Step(setting.sparse("cpu"))
-    reference, nudged = Step(setting.sparse("reference")), Step(setting.sparse("reference"))
+    reference, nudged, beside = (Step(setting.sparse("reference")) for _ in range(3))
     with torch.no_grad():
         for parameter in nudged.model.parameters():
             parameter.mul_(1 + torch.finfo(torch.float32).eps)
     rows = []
     for seed in range(steps):
         cpu.take_state(reference)
+        beside.take_state(alone)
         before = reference.weights()
         wanted, got = run(reference, seed), run(cpu, seed)
         update = (cpu.weights() - reference.weights()).norm() / (reference.weights() - before).norm()
-        rows.append((wanted, got, float(update), run(alone, seed), run(nudged, seed)))
+        rows.append((wanted, got, float(update), *(run(step, seed) for step in (alone, nudged, beside))))
     return Losses(*zip(*rows, strict=True))
 
 

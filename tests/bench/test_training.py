@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +25,9 @@ def test_the_first_losses_are_those_of_the_masked_reference(monkeypatch: pytest.
     assert compared.difference <= training.LOSS_TOLERANCE
     assert compared.cpu != compared.reference, "both ran on the same kernels, or the losses see nothing of them"
     assert sorted(compared.updates)[15] < 1e-4, "most steps turn no activation's sign"
-    # Then rounding has turned the first sign, and runs on their own drift apart.
+    # Then rounding has turned the first sign, and runs on their own drift apart: not by wrong steps, as the reference
+    # makes the same ones from the same weights.
+    assert compared.beside_alone == pytest.approx(compared.cpu_alone, rel=1e-5)
     assert compared.cpu_alone[:4] == pytest.approx(compared.reference[:4], rel=1e-4)
     assert len({round(loss, 2) for loss in compared.reference}) > 5, "the losses move"
 
@@ -37,9 +40,10 @@ def test_a_wrong_gradient_shows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_largest_difference_counts() -> None:
-    compared = Losses((1.0, 2.0), (1.0, 2.2), (0.0, 0.0), (1.0, 2.0), (1.0, 2.1))
+    compared = Losses((1.0, 2.0), (1.0, 2.2), (0.0, 0.0), (1.0, 2.0), (1.0, 2.1), (1.0, 2.0))
     assert compared.difference == pytest.approx(0.1)
     assert compared.as_dict()["drift_nudged"] == pytest.approx(0.05)
+    assert replace(compared, cpu=(1.0, 2.0), cpu_alone=(1.0, 2.3)).difference == pytest.approx(0.15)
     assert "MISSED" in str(compared)
 
 
@@ -96,7 +100,7 @@ def test_the_command_stores_everything_with_provenance(tmp_path: Path, monkeypat
 
 
 def test_losses_are_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compared = Losses((1.0, 0.5), (1.0, 0.5), (0.0, 0.0), (1.0, 0.5), (1.0, 0.5))
+    compared = Losses((1.0, 0.5), (1.0, 0.5), (0.0, 0.0), (1.0, 0.5), (1.0, 0.5), (1.0, 0.5))
     monkeypatch.setattr(training, "losses", lambda setting: compared)
     out = tmp_path / "training.json"
     assert training.main(["--no-times", "--out", str(out)]) == 0
