@@ -14,7 +14,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from reproductions import arithmetic
+from reproductions import arithmetic, matching
 from reproductions.claims import BY_ID
 from reproductions.kernels import Benchmark
 from reproductions.preset import MethodRow
@@ -65,14 +65,12 @@ def accuracy_over_time(study: Study, rows: Rows) -> str:
 
 def accuracy_over_compression(study: Study, rows: Rows) -> str:
     """Return mean test accuracy over compression, with the standard deviation over seeds."""
-    draw = lambda axes: _draw_trade_off(axes, study, rows, "compression")  # noqa: E731
-    return _svg(lambda axes: (draw(axes), _log_axis(axes, "compression (convolution weights / kept)")))
+    return _svg(lambda axes: _draw_accuracy_over_compression(axes, study, rows))
 
 
 def accuracy_against_time(study: Study, rows: Rows) -> str:
     """Return mean test accuracy over the time of the whole training, with the standard deviation over seeds."""
-    draw = lambda axes: _draw_trade_off(axes, study, rows, "seconds")  # noqa: E731
-    return _svg(lambda axes: (draw(axes), axes.set_xlabel("time of the training, seconds")))
+    return _svg(lambda axes: _draw_accuracy_against_time(axes, study, rows))
 
 
 def seconds_by_stage(study: Study, rows: Rows) -> str:
@@ -159,27 +157,33 @@ def _focus_on_top(axes: Axes) -> None:
         axes.set_ylim(bottom=max(0.0, best - 4 * max(best - median, 0.5)))
 
 
-def _draw_trade_off(axes: Axes, study: Study, rows: Rows, figure: str) -> None:
+def _draw_accuracy_over_compression(axes: Axes, study: Study, rows: Rows) -> None:
+    _draw_trade_off(axes, study, rows, lambda summary: summary.figures["compression"].mean)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}x")
+    axes.set_xlabel("compression (convolution weights / kept)")
+
+
+def _draw_accuracy_against_time(axes: Axes, study: Study, rows: Rows) -> None:
+    _draw_trade_off(axes, study, rows, lambda summary: summary.time_ratio.mean if summary.time_ratio else math.nan)
+    for label, place in matching.phases(study).items():
+        axes.axvline(place, color=_INK, linewidth=0.8, linestyle=":")
+        axes.text(place, axes.get_ylim()[0], f"{label} ", fontsize=7, rotation=90, ha="right", va="bottom")
+    axes.set_xlabel("time of the training / that of the dense network")
+
+
+def _draw_trade_off(axes: Axes, study: Study, rows: Rows, place: Callable[[MethodSummary], float]) -> None:
     names = [row.name for row in rows]
     for summary in summarize(study):
         if summary.n and summary.row.name in names:
-            _draw_point(axes, names.index(summary.row.name), summary, figure)
+            accuracy = summary.figures["accuracy"]
+            color, _, marker = _look(names.index(summary.row.name))
+            error = accuracy.std if summary.n > 1 else None
+            axes.errorbar(
+                place(summary), accuracy.mean, error, fmt=marker, capsize=3, color=color, label=summary.row.name
+            )
     axes.set_ylabel("test accuracy, %")
     _legend(axes, "best")
-
-
-def _log_axis(axes: Axes, label: str) -> None:
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:g}x")
-    axes.set_xlabel(label)
-
-
-def _draw_point(axes: Axes, index: int, summary: MethodSummary, figure: str) -> None:
-    accuracy, other = summary.figures["accuracy"], summary.figures[figure]
-    color, _, marker = _look(index)
-    error = accuracy.std if summary.n > 1 else None
-    place = other.mean, accuracy.mean, error
-    axes.errorbar(*place, fmt=marker, capsize=3, color=color, label=summary.row.name)
 
 
 def _legend(axes: Axes, place: str) -> None:

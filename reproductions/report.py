@@ -11,7 +11,8 @@ from typing import Any
 import jinja2
 
 from clicktrain.files import write_atomic
-from reproductions import comparison, kernels, paths, plots, retained, wording
+from reproductions import comparison, kernels, matching, paths, plots, retained, wording
+from reproductions.matching import Match
 from reproductions.preset import MethodRow
 from reproductions.store import Run, Study
 from reproductions.summary import MethodSummary, check, stored_verdicts, summarize, with_evidence
@@ -32,6 +33,8 @@ class Group:
         Their figures.
     plots : list of (str, str)
         Drawings and their captions.
+    matches : list of Match
+        Rivals, and the quickest subjects that are as good.
     patterns : list of Run
         A run of each method that chose patterns, with the pool that it chose.
     """
@@ -39,6 +42,7 @@ class Group:
     dense: str
     methods: list[MethodSummary]
     plots: list[tuple[str, str]]
+    matches: list[Match]
     patterns: list[Run]
 
 
@@ -107,7 +111,12 @@ def _template(name: str) -> jinja2.Template:
         "published": wording.published,
         "stored": wording.stored,
     }
-    environment.globals |= {"measured": wording.measured, "command": command, "details": details}
+    environment.globals |= {
+        "measured": wording.measured,
+        "command": command,
+        "details": details,
+        "accuracy_tolerance": matching.ACCURACY_TOLERANCE,
+    }
     return environment.get_template(name)
 
 
@@ -120,7 +129,13 @@ def _accountings() -> str:
 def _groups(study: Study) -> list[Group]:
     by_name = {summary.row.name: summary for summary in summarize(study)}
     return [
-        Group(dense, [by_name[row.name] for row in rows], _plots(study, rows), _with_patterns(study, rows))
+        Group(
+            dense,
+            [by_name[row.name] for row in rows],
+            _plots(study, rows),
+            matching.matches(study, rows),
+            _with_patterns(study, rows),
+        )
         for dense, rows in study.preset.groups.items()
     ]
 

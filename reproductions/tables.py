@@ -9,7 +9,7 @@ from typing import Any
 
 from clicktrain.errors import ConfigError
 from clicktrain.files import write_atomic
-from reproductions import arithmetic, gpu_tables, paths, retained
+from reproductions import arithmetic, gpu_tables, matching, paths, retained
 from reproductions.claims import CLAIMS, Claim
 from reproductions.preset import MethodRow
 from reproductions.store import Study
@@ -23,6 +23,7 @@ _METHODS = (
     "method", "runs", "accuracy, %", "less dense, points", "compression", "inference FLOPs saved, %",
     "training FLOPs saved, %", "time / dense", "peak memory, MB",
 )  # fmt: skip
+_MATCHES = ("rival", "time / dense", "quickest as good", "accuracy, points", "times faster")
 _COSTS = {"load_ms": 0, "peak_mb": 0, "file_mb": 1}
 _ENGINES = (
     "network", "engine", "ms", "times slower than clicktrain", "error", "loads in, ms", "peak memory, MB", "file, MB",
@@ -32,7 +33,9 @@ _ENGINES = (
 def render() -> str:
     """Return all tables as Markdown."""
     studies = evidence_studies()
-    parts = [claims_table(), accountings_table(), *(methods_table(study) for study in studies), *inference_tables()]
+    parts = [claims_table(), accountings_table()]
+    parts += [table for study in studies for table in study_tables(study)]
+    parts += inference_tables()
     parts += [f"{title}\n\n{_table(head, rows)}" for title, head, rows in gpu_tables.stored()]
     return "\n\n".join(parts)
 
@@ -100,10 +103,42 @@ def accountings_table() -> str:
     return f"{title}\n\n{_table(('schedule', 'accounting', 'saved', within), rows)}"
 
 
+def study_tables(study: Study) -> list[str]:
+    """Return what each method of a study reached and, where times count, how long as good ones took."""
+    tables = [methods_table(study)]
+    if _is_exclusive(study):
+        tables += [matches_table(study, rows) for rows in study.preset.groups.values()]
+    return list(filter(None, tables))
+
+
+def _is_exclusive(study: Study) -> bool:
+    return all(run.exclusive for run in study.runs)
+
+
+def matches_table(study: Study, rows: Sequence[MethodRow]) -> str:
+    """Return by rival the quickest subject that is as good; empty without rivals."""
+    found = matching.matches(study, rows)
+    if not found:
+        return ""
+    tolerance = f"mean at most {matching.ACCURACY_TOLERANCE} points lower"
+    title = f"The same study, time at equal compression and accuracy ({tolerance}):"
+    cells = [
+        (
+            match.rival.row.name,
+            interval(match.rival.time_ratio, 2, "x"),
+            match.subject.row.name if match.subject else "none",
+            interval(match.accuracy_difference, signed=True),
+            interval(match.speedup, 2, "x"),
+        )
+        for match in found
+    ]
+    return f"{title}\n\n{_table(_MATCHES, cells)}"
+
+
 def methods_table(study: Study) -> str:
     """Return what each method of a study reached."""
     title = f"{study.preset.title}: {study.preset.data_label}, mean and standard deviation over seeds."
-    if not all(run.exclusive for row in study.preset.methods for run in study.of(row.name)):
+    if not _is_exclusive(study):
         title += " Other work ran beside some of the runs: times say little."
     head: Sequence[str] = _METHODS
     rows = [_method_row(summary) for summary in summarize(study)]

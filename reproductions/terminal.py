@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from reproductions import comparison, retained
+from reproductions import comparison, matching, retained
 from reproductions.estimates import Estimate
+from reproductions.matching import Match
 from reproductions.retained import RetainedRow
 from reproductions.store import Study
 from reproductions.summary import ClaimRow, MethodSummary, StoredRow, check, stored_verdicts, summarize, with_evidence
@@ -28,6 +29,9 @@ def console() -> Console:
 def show(study: Study, output: Console) -> None:
     """Print the tables of a study."""
     output.print(methods_table(study, summarize(study)))
+    for rows in study.preset.groups.values():
+        if found := matching.matches(study, rows):
+            output.print(matches_table(found))
     measured_pools = retained.rows(retained.read(study.directory))
     if measured_pools:
         output.print(retained_table(measured_pools))
@@ -60,6 +64,23 @@ def methods_table(study: Study, summaries: list[MethodSummary]) -> Table:
             spread(figures.get("seconds"), 1),
             interval(summary.time_ratio, 2, "x"),
             spread(figures.get("peak_memory"), 0),
+        )
+    return table
+
+
+def matches_table(matches: list[Match]) -> Table:
+    """Return the table of rivals and the quickest subjects that are as good."""
+    title = f"Time at equal compression and accuracy (mean at most {matching.ACCURACY_TOLERANCE} points lower)"
+    table = Table(title=title, title_justify="left")
+    for heading in ("rival", "/ dense", "quickest as good", "accuracy, points", "times faster"):
+        table.add_column(heading)
+    for match in matches:
+        table.add_row(
+            Text(match.rival.row.name),
+            interval(match.rival.time_ratio, 2, "x"),
+            Text(match.subject.row.name if match.subject else "none"),
+            interval(match.accuracy_difference, signed=True),
+            interval(match.speedup, 2, "x"),
         )
     return table
 

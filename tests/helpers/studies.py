@@ -115,10 +115,15 @@ def write_run(
     run.path.mkdir(parents=True, exist_ok=True)
     run.config.write_text(spec.config.to_toml())
     run.provenance.write_text(json.dumps(provenance(concurrent)))
-    stages = STAGES[spec.method]
+    stages = STAGES[_kind(spec)]
     accuracy = dense_accuracy + 0.1 * spec.seed - 0.5 * (spec.method != "dense")
     run.metrics.write_text("".join(json.dumps(record) + "\n" for record in metrics(stages, accuracy)))
     run.result.write_text(json.dumps(result(spec, stages, accuracy)))
+
+
+def _kind(spec: RunSpec) -> str:
+    """Return which of the toy study's methods a run is of: "ClickTrain long" is a ClickTrain."""
+    return spec.method.split()[0]
 
 
 def provenance(concurrent: int | None) -> dict[str, Any]:
@@ -154,8 +159,9 @@ def metrics(stages: tuple[str, ...], accuracy: float) -> list[dict[str, Any]]:
 def result(spec: RunSpec, stages: tuple[str, ...], accuracy: float) -> dict[str, Any]:
     """Return a result record like the trainer's."""
     is_dense = spec.method == "dense"
-    seconds = {"dense": 100.0, "PAT": 120.0, "ClickTrain": 80.0}[spec.method]
-    used = {"dense": 1000.0, "PAT": 1050.0, "ClickTrain": 600.0}[spec.method]
+    kind = _kind(spec)
+    seconds = {"dense": 100.0, "PAT": 120.0, "ClickTrain": 80.0}[kind]
+    used = {"dense": 1000.0, "PAT": 1050.0, "ClickTrain": 600.0}[kind]
     step = seconds / 10 / len(stages)
     ratio = 1 if is_dense else 6
     return {
