@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-import clicktrain.kernels.ops  # noqa: F401  # registers torch.ops.clicktrain
 from clicktrain import blocked
 from clicktrain.assignment import Assignment
 from clicktrain.errors import InvalidArgument
 from clicktrain.kernels.backends import check_name
+from clicktrain.kernels.ops import plan_of
 from clicktrain.kernels.plan import Pair, pair
 from clicktrain.patterns import PatternPool
 
@@ -132,12 +132,18 @@ class PatternConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve x (N, C_in, H, W); returns (N, C_out, H_out, W_out)."""
-        if self.keep_blocked:
-            x = blocked.pack(x)
-        y: Tensor = torch.ops.clicktrain.pattern_conv2d(
-            x, self.values, self.assignment, self.pool_masks, self.stride, self.padding, self.backend
-        )
+        y = self._convolve(blocked.pack(x) if self.keep_blocked else x)
         return y if self.bias is None else y + self.bias[:, None, None]
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        sparsity = self.assignment, self.pool_masks
+        if self.keep_blocked and isinstance(x, blocked.BlockedTensor):
+            made = plan_of(*sparsity, x.shape, self.stride, self.padding)
+            return blocked.pattern_convolution(x, self.values, made)
+        y: Tensor = torch.ops.clicktrain.pattern_conv2d(
+            x, self.values, *sparsity, self.stride, self.padding, self.backend
+        )
+        return y
 
     def extra_repr(self) -> str:
         """Describe shapes and sparsity for `repr`."""

@@ -8,9 +8,9 @@ other one it turns into plain NCHW memory by itself. See `tensor` for the type, 
 blocked, `model` for the borders.
 """
 
-from clicktrain.blocked import convolution as convolution  # the import registers what stays blocked
-from clicktrain.blocked import operators as operators
+from clicktrain.blocked import operators as operators  # the import registers what stays blocked
+from clicktrain.blocked.convolution import pattern_convolution
 from clicktrain.blocked.model import install, remove
 from clicktrain.blocked.tensor import BlockedTensor, disabled, pack, plain, suits
 
-__all__ = ["BlockedTensor", "disabled", "install", "pack", "plain", "remove", "suits"]
+__all__ = ["BlockedTensor", "disabled", "install", "pack", "pattern_convolution", "plain", "remove", "suits"]

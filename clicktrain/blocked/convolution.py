@@ -1,57 +1,51 @@
-"""Convolutions on BlockedTensors: the pattern operators, and the dense layers that every network keeps."""
+"""Convolutions on BlockedTensors: those with patterns, and the dense layers that every network keeps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from clicktrain.blocked.operators import Affine, blocked, handles
 from clicktrain.blocked.tensor import BlockedTensor
-from clicktrain.kernels.backends import select
 from clicktrain.kernels.cpu import backend as cpu
 from clicktrain.kernels.cpu.blocked_ops import channel_sums
-from clicktrain.kernels.ops import plan_of
 from clicktrain.kernels.plan import Plan, plan
 from clicktrain.patterns import PatternPool
 
 aten = torch.ops.aten
-pattern = torch.ops.clicktrain
 
 
-@handles(pattern.pattern_conv2d.default)
-def _forward(
-    x: Tensor, values: Tensor, assignment: Tensor, pool: Tensor, stride: list[int], padding: list[int], backend: str
-) -> Tensor | None:
-    if select(backend, x) is not cpu:
-        return None
-    made = plan_of(assignment, pool, x.shape, stride, padding)
-    return BlockedTensor.wrap(cpu.forward_blocked(blocked(x), values, made), made.output_shape)
+class _PatternConvolution(torch.autograd.Function):
+    """The pattern convolution on blocked memory, past torch's operators: they cost as much as a small convolution."""
+
+    @staticmethod
+    def forward(ctx: Any, x: BlockedTensor, values: Tensor, made: Plan) -> Tensor:
+        ctx.plan = made
+        ctx.save_for_backward(x, values)
+        return BlockedTensor.wrap(cpu.forward_blocked(blocked(x), values, made), made.output_shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, values = ctx.saved_tensors
+        gradient, dx, dvalues = blocked(dy), None, None
+        if ctx.needs_input_grad[0]:
+            dx = BlockedTensor.wrap(cpu.grad_input_blocked(gradient, values, ctx.plan), ctx.plan.input_shape)
+        if ctx.needs_input_grad[1]:
+            dvalues = cpu.grad_values_blocked(blocked(x), gradient, ctx.plan)
+        return dx, dvalues, None
 
 
-@handles(pattern.pattern_conv2d_grad_input.default)
-def _grad_input(
-    dy: Tensor, values: Tensor, assignment: Tensor, pool: Tensor,
-    input_shape: list[int], stride: list[int], padding: list[int], backend: str,
-) -> Tensor | None:  # fmt: skip
-    if select(backend, dy) is not cpu:
-        return None
-    made = plan_of(assignment, pool, input_shape, stride, padding)
-    return BlockedTensor.wrap(cpu.grad_input_blocked(blocked(dy), values, made), made.input_shape)
-
-
-@handles(pattern.pattern_conv2d_grad_values.default)
-def _grad_values(
-    x: Tensor, dy: Tensor, assignment: Tensor, pool: Tensor,
-    values_shape: list[int], stride: list[int], padding: list[int], backend: str,
-) -> Tensor | None:  # fmt: skip
-    if select(backend, x) is not cpu:
-        return None
-    made = plan_of(assignment, pool, x.shape, stride, padding)
-    return cpu.grad_values_blocked(blocked(x), blocked(dy), made)
+def pattern_convolution(x: BlockedTensor, values: Tensor, made: Plan) -> Tensor:
+    """Return what `clicktrain.pattern_conv2d` returns, as a BlockedTensor; differentiable once in `x` and `values`."""
+    y: Tensor = _PatternConvolution.apply(x, values, made)  # type: ignore[no-untyped-call]
+    return y
 
 
 # Dense layers (the first one, shortcuts) run on the pattern kernels too, with the pattern that keeps everything: even
