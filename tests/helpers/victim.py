@@ -85,7 +85,8 @@ def fingerprint(out: Path) -> dict[str, str]:
     parts = {key: _plain(state[key]) for key in ("model", "optimizer", "rng", "method", "meter")}
     parts["metrics"] = [toy.without_times(record) for record in read_metrics(out / "metrics.jsonl")]
     result = json.loads((out / "result.json").read_text())
-    parts["result"] = {key: value for key, value in result.items() if key not in ("seconds", "stages")}
+    of_machine = ("seconds", "stages", "peak_memory_bytes")
+    parts["result"] = {key: value for key, value in result.items() if key not in of_machine}
     return {key: hashlib.sha256(pickle.dumps(value)).hexdigest() for key, value in parts.items()}
 
 
