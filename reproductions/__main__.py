@@ -34,7 +34,9 @@ class Where(StrEnum):
 
 
 PresetName = Annotated[str, typer.Argument(metavar="PRESET", help="Name of a preset, or the path of a .toml file.")]
-StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="Name of a study in the results directory.")]
+StudyName = Annotated[
+    str, typer.Argument(metavar="STUDY", help="Name of a study in the results directory, or the path of its preset.")
+]
 Results = Annotated[Path, typer.Option(help="Directory of all studies.")]
 
 
@@ -91,7 +93,7 @@ def run(
 @app.command()
 def status(name: StudyName, results: Results = paths.RESULTS) -> None:
     """Say how far each run of a study has come."""
-    directory = StudyDirectory(results / name)
+    directory = _directory(results, name)
     loaded = preset.load(directory.preset if directory.preset.is_file() else preset.find(name))
     for spec in loaded.runs():
         run_directory = directory.run(spec.config.config_id(), spec.seed)
@@ -100,20 +102,20 @@ def status(name: StudyName, results: Results = paths.RESULTS) -> None:
 
 @app.command(name="report")
 def write_report(
-    name: Annotated[str, typer.Argument(metavar="STUDY", help="Name of a study in the results directory.")],
+    name: StudyName,
     other: Annotated[str | None, typer.Argument(metavar="[OTHER]", help="With --compare: another one.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Show STUDY and OTHER side by side.")] = False,
     results: Results = paths.RESULTS,
     out: Annotated[Path | None, typer.Option(help="File to write; default: report.html in the study.")] = None,
 ) -> None:
     """Show a study as it stands and write its report, or put two side by side."""
-    directory = StudyDirectory(results / name)
+    directory = _directory(results, name)
     if compare != (other is not None):
         raise InvalidArgument("report: two studies and --compare go together, as in report --compare quick embedded")
     if other is None:
         return _present(load_study(directory), out or directory.report)
-    left, right = load_study(directory), load_study(StudyDirectory(results / other))
-    path = out or results / f"{name}-and-{other}.html"
+    left, right = load_study(directory), load_study(_directory(results, other))
+    path = out or results / f"{left.directory.name}-and-{right.directory.name}.html"
     output = terminal.console()
     output.print(terminal.comparison_table(left, right))
     report.write_comparison(left, right, path)
@@ -135,7 +137,7 @@ def print_tables(
 @app.command(name="retained")
 def measure_retained(name: StudyName, results: Results = paths.RESULTS) -> None:
     """Measure what each way of choosing patterns retains of a study's dense networks."""
-    study = load_study(StudyDirectory(results / name))
+    study = load_study(_directory(results, name))
     retained.write(study.directory, retained.measure_study(study))
     _present(study, study.directory.report)
 
@@ -147,6 +149,11 @@ def export(
 ) -> None:
     """Copy the small files of a study's finished runs, to be committed as evidence."""
     print(f"{evidence.export(load_study(StudyDirectory(study)), destination)} runs exported to {destination}")
+
+
+def _directory(results: Path, name: str) -> StudyDirectory:
+    """Return the directory of a study, named as such or by the preset file that it runs."""
+    return StudyDirectory(results / (Path(name).stem if name.endswith(".toml") else name))
 
 
 def _present(study: Study, path: Path) -> None:

@@ -119,6 +119,19 @@ def test_status_tells_done_from_to_come(tmp_path: Path, capsys: pytest.CaptureFi
     assert len(lines) == 9
 
 
+def test_a_study_is_also_named_by_the_preset_file_that_it_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_preset(tmp_path / "toy.toml")
+    call("status", file, "--results", tmp_path / "results")
+    assert capsys.readouterr().out.count("to come") == 9
+    make_study(tmp_path / "results" / "toy")
+    call("status", file, "--results", tmp_path / "results")
+    assert capsys.readouterr().out.count("done") == 9
+    call("report", file, "--results", tmp_path / "results")
+    assert (tmp_path / "results" / "toy" / "report.html").is_file()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
