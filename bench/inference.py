@@ -246,7 +246,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--compressions", nargs="+", type=float, metavar="X", help="in place of the networks' own: where sparse wins"
     )
-    parser.add_argument("--batches", nargs="+", type=int, help="only these batch sizes")
+    batches = sorted({batch for network in NETWORKS.values() for batch in network.goals})
+    parser.add_argument("--batches", nargs="+", type=int, choices=batches, help="only these batch sizes")
     parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=list(RIVALS))
     parser.add_argument("--deepsparse", metavar="PYTHON", help="interpreter of an environment with deepsparse 1.8")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write everything as JSON")
@@ -269,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 try:
                     rows.append(measure(network, batch, rounds, options.rivals, options.deepsparse))
                 except InvalidArgument as error:
-                    print(f"error: --compressions: {error}", file=sys.stderr)
+                    print(f"error: {'--compressions: ' if options.compressions else ''}{error}", file=sys.stderr)
                     return 2
                 print(*lines(rows[-1]), sep="\n", flush=True)
     if options.compressions:

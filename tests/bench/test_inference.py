@@ -98,6 +98,22 @@ def test_a_network_with_ratios_has_no_other_compression(
     assert "--compressions: vgg11 has its ratios by layer" in capsys.readouterr().err
 
 
+def test_a_batch_size_that_no_network_has_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        inference.main(["--quick", "--batches", "7"])
+    assert ended.value.code == 2
+    assert "argument --batches: invalid choice: 7" in capsys.readouterr().err
+
+
+def test_an_error_of_a_networks_own_sparsity_names_no_option(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    impossible = inference.Network("vgg11", "impossible", 16, Sparsity(target_compression=1.5), {2: {}})
+    monkeypatch.setattr(inference, "NETWORKS", {"impossible": impossible})
+    assert inference.main(["--quick", "--networks", "impossible"]) == 2
+    assert capsys.readouterr().err.startswith("error: target_compression=1.5: feasible are")
+
+
 FAKE = """
 import numpy as np, pathlib
 class Engine:
