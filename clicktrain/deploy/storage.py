@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from clicktrain.deploy.engine import resolve
@@ -163,10 +164,23 @@ def _unpacked(node: Node, source: Node) -> Node:
     packed = node.tensors["assignment"].numpy()
     if len(packed) != math.ceil(kernels * bits / 8):
         raise ValueError(f"assignment of {len(packed)} bytes for {kernels} kernels")
-    places = np.unpackbits(packed)[: kernels * bits].reshape(kernels, bits)
-    codes = np.packbits(np.pad(places, ((0, 0), (8 - bits, 0))), axis=1).reshape(filters, channels)
-    index = torch.from_numpy(np.where(codes == patterns, PRUNED, codes).astype(np.uint8))
+    index = torch.from_numpy(_codes(packed, bits, patterns)[:kernels].reshape(filters, channels))
     return Node(node.op, node.inputs, node.shape, node.attributes, {**node.tensors, "assignment": index})
+
+
+def _codes(packed: NDArray[np.uint8], bits: int, patterns: int) -> NDArray[np.uint8]:
+    """Return the codes in packed bytes, of so many bits each, with that of removal as `PRUNED`; some too many."""
+    groups = -(-len(packed) // bits)  # of eight codes, which fill whole bytes
+    data = np.zeros((groups, bits), np.uint8)
+    data.reshape(-1)[: len(packed)] = packed
+    words: NDArray[Any] = np.zeros(groups, np.uint32 if bits <= 4 else np.uint64)
+    for byte in data.T:
+        words = words << 8 | byte
+    codes = np.empty((groups, 8), np.uint8)
+    for place in range(8):
+        codes[:, place] = words >> bits * (7 - place) & (1 << bits) - 1
+    codes[codes == patterns] = PRUNED
+    return codes.reshape(-1)
 
 
 def _bits(patterns: int) -> int:

@@ -12,7 +12,7 @@ from clicktrain.errors import BackendUnavailable
 from clicktrain.kernels.cpu import accumulators, codegen
 from clicktrain.kernels.cpu.accumulators import AccumulatorSpec, by_register, merged, taps_by_pixel
 from clicktrain.kernels.cpu.codegen import LANES
-from clicktrain.kernels.cpu.layer import Integers, Layer
+from clicktrain.kernels.cpu.layer import Integers, Layer, stable_order
 from clicktrain.kernels.cpu.library import Gradient, instruction_set
 from clicktrain.kernels.cpu.passes import Prepared, addresses, warn_once
 
@@ -35,10 +35,11 @@ def prepare_gradient(layer: Layer, blocks: int) -> Prepared:
     """
     part = _part(layer)
     kernels = layer.kernels
-    parts = kernels.filters // part
-    kernels = kernels[np.lexsort((kernels.filters, kernels.patterns, kernels.channels, parts))]
     channels = kernels.filters // part * layer.channels + kernels.channels  # of each part, one after the other
-    starts = np.flatnonzero(np.diff(channels * len(layer.patterns) + kernels.patterns, prepend=-1))
+    runs = channels * len(layer.patterns) + kernels.patterns
+    order = stable_order(runs, -(-layer.filters // part) * layer.channels * len(layer.patterns))
+    kernels, channels = kernels[order], channels[order]
+    starts = np.flatnonzero(np.diff(runs[order], prepend=-1))
     (out_h, out_w), (in_h, in_w) = layer.out_size, layer.in_size
     made = Prepared(Gradient(
         blocks=blocks, channels=layer.channels, in_h=in_h, in_w=in_w, filters=layer.filters, out_h=out_h, out_w=out_w,

@@ -80,8 +80,7 @@ class Layer:
         filters, channels = plan.index.shape
         patterns, rank = _sorted_patterns([pattern.rotated().kept for pattern in plan.pool])
         kept = _kernels(plan, rank)
-        order = np.argsort(kept.channels, kind="stable")
-        kept = kept[order]
+        kept = kept[stable_order(kept.channels, channels)]
         last = plan.pool.kernel_size - 1
         return cls(
             channels, filters, Kernels(kept.channels, kept.filters, kept.patterns, kept.numbers), patterns, True,
@@ -127,5 +126,17 @@ def _sorted_patterns(patterns: list[tuple[int, ...]]) -> tuple[tuple[tuple[int, 
 
 def _kernels(plan: Plan, rank: Integers) -> Kernels:
     index = plan.index.numpy()
-    filters, channels = np.nonzero(index != PRUNED)
-    return Kernels(filters, channels, rank[index[filters, channels]], np.arange(len(filters)))
+    kept = np.flatnonzero(index != PRUNED)
+    filters, channels = np.divmod(kept, max(1, index.shape[1]))
+    return Kernels(filters, channels, rank[index.reshape(-1)[kept]], np.arange(len(kept)))
+
+
+def stable_order(keys: Integers, size: int) -> Integers:
+    """Return the order that sorts keys from 0 to below `size` (at most 2^32), equal ones left as they are.
+
+    numpy sorts numbers of 16 bits by radix, ten times faster than larger ones.
+    """
+    low = np.argsort(keys.astype(np.uint16), kind="stable")  # the cast keeps the lowest 16 bits
+    if size <= 1 << 16:
+        return low
+    return low[np.argsort((keys[low] >> 16).astype(np.uint16), kind="stable")]

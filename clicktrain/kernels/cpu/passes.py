@@ -18,7 +18,7 @@ from clicktrain.errors import BackendUnavailable
 from clicktrain.kernels import build
 from clicktrain.kernels.cpu import codegen
 from clicktrain.kernels.cpu.codegen import LANES, SweepSpec, TileShape
-from clicktrain.kernels.cpu.layer import Layer, Pair
+from clicktrain.kernels.cpu.layer import Layer, Pair, stable_order
 from clicktrain.kernels.cpu.library import Pass, first_level_cache, instruction_set, sweep_taps
 from clicktrain.kernels.cpu.reorder import reorder
 
@@ -122,6 +122,7 @@ class Window:
         return self.size[0] * self.pitch
 
 
+@cache
 def _pitch(rows: int, columns: int, channels: int) -> int:
     """Return a distance of rows that spreads the start of all rows well over the sets of the first-level cache."""
     sets, pixels_per_line = 64, 2
@@ -223,17 +224,18 @@ def _prepare_channels(layer: Layer, blocks: int, choice: Choice) -> Prepared:
     structure.part = _part(layer, blocks, choice)
     parts = -(-layer.filters // structure.part)
     kernels = layer.kernels
-    block, part = kernels.channels // choice.channel_block, kernels.filters // structure.part
-    kernels = kernels[np.lexsort((kernels.filters, kernels.patterns, kernels.channels, part, block))]
     block, channel = np.divmod(kernels.channels, choice.channel_block)
     item = block * parts + kernels.filters // structure.part
     shape = (structure.channel_blocks * parts, choice.channel_block, patterns)
-    runs = np.bincount((item * shape[1] + channel) * patterns + kernels.patterns, minlength=math.prod(shape))
+    run = (item * shape[1] + channel) * patterns + kernels.patterns
+    kernels = kernels[stable_order(run, math.prod(shape))]
+    runs = np.bincount(run, minlength=math.prod(shape))
+    of_items = np.bincount(item, minlength=shape[0])
     starts = np.zeros((structure.channel_blocks, layer.filters + 1), np.int64)
-    starts[:, : -1 : structure.part] = np.searchsorted(item, np.arange(shape[0])).reshape(-1, parts)
+    starts[:, : -1 : structure.part] = (np.cumsum(of_items) - of_items).reshape(-1, parts)
     structure.phases = structure.groups = structure.keeps_sums = 1
     structure.in_place = layer.in_place
-    structure.record_weights, structure.reversed, structure.records = layer.entries, layer.reversed, len(channel)
+    structure.record_weights, structure.reversed, structure.records = layer.entries, layer.reversed, len(run)
     structure.part_runs, structure.list_runs = math.prod(shape[1:]), parts * math.prod(shape[1:])
     return Prepared(structure, {
         "order": np.zeros(structure.channel_blocks * layer.filters, np.int32),  # filters stay where they are

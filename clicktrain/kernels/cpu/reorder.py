@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from clicktrain.kernels.cpu.layer import Integers, Kernels, Layer
+from clicktrain.kernels.cpu.layer import Integers, Kernels, Layer, stable_order
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +64,7 @@ def reorder(layer: Layer, channel_block: int, group: int, part: int) -> Reordere
     place = np.empty_like(order)
     np.put_along_axis(place, order, np.broadcast_to(np.arange(layer.filters), shape[:2]), axis=1)
     places = place[lists, kernels.filters]
-    by_pass = np.argsort((lists * layer.filters + places) * group + pattern, kind="stable")
+    by_pass = stable_order((lists * layer.filters + places) * group + pattern, counts.size)
     return Reordered(
         kernels[by_pass], lists[by_pass], places[by_pass], order, np.take_along_axis(runs, order[..., None], axis=1)
     )
