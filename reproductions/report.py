@@ -110,12 +110,14 @@ def _template(name: str) -> jinja2.Template:
         "interval": wording.interval,
         "published": wording.published,
         "stored": wording.stored,
+        "tally": wording.tally,
     }
     environment.globals |= {
         "measured": wording.measured,
         "command": command,
         "details": details,
         "accuracy_tolerance": matching.ACCURACY_TOLERANCE,
+        "few": wording.FEW,
     }
     return environment.get_template(name)
 

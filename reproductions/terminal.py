@@ -14,7 +14,7 @@ from reproductions.matching import Match
 from reproductions.retained import RetainedRow
 from reproductions.store import Study
 from reproductions.summary import ClaimRow, MethodSummary, StoredRow, check, stored_verdicts, summarize, with_evidence
-from reproductions.wording import MISSING, interval, measured, published, spread, stored
+from reproductions.wording import FEW, MISSING, interval, measured, published, spread, stored, tally
 
 _PLAIN_WIDTH = 140
 _STYLES = {"reproduced": "green", "exceeded": "green", "not reproduced": "red"}
@@ -104,8 +104,8 @@ def claims_table(rows: list[ClaimRow], evidence: dict[str, list[StoredRow]]) -> 
     for row, beside in with_evidence(rows, evidence):
         subject = f"\n{row.subject}" if row.subject else ""
         verdict = Text(row.verdict.word, style=_STYLES.get(row.verdict.word, ""))
-        for entry in beside:
-            verdict.append(f"\n{stored(entry)}", style="dim")
+        for line in [tally(beside)] if len(beside) > FEW else map(stored, beside):
+            verdict.append(f"\n{line}", style="dim")
         table.add_row(
             Text(f"{row.claim.statement}{subject}"),
             published(row.claim),

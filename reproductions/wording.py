@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 from reproductions import arithmetic
@@ -12,6 +13,8 @@ from reproductions.store import Run
 from reproductions.summary import StoredRow
 
 MISSING = "-"
+FEW = 3
+"""Verdicts of stored evidence that are shown one by one; more are counted."""
 
 
 def spread(estimate: Estimate | None, digits: int = 2, unit: str = "") -> str:
@@ -58,6 +61,13 @@ def stored(entry: StoredRow) -> str:
     """Return the verdict of stored evidence, and where that comes from."""
     figures = measured(entry.claim, entry.verdict.estimate)
     return f"{entry.verdict.word}: {entry.subject} {figures} (stored evidence: {entry.source})"
+
+
+def tally(entries: Sequence[StoredRow]) -> str:
+    """Return how many verdicts of stored evidence there are, by word."""
+    counts = Counter(entry.verdict.word for entry in entries)
+    listed = ", ".join(f"{count} {word}" for word, count in counts.most_common())
+    return f"{len(entries)} verdicts of stored evidence: {listed}"
 
 
 def accountings_note() -> str:

@@ -1,11 +1,15 @@
+import io
 import re
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from reproductions import kernels, paths, report, terminal
+from reproductions import kernels, paths, report, terminal, wording
+from reproductions.summary import stored_verdicts
+from reproductions.wording import FEW, tally
 from tests.helpers.studies import PRESET, TWO, make_study
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
@@ -77,6 +81,22 @@ def test_claims_of_which_nothing_is_measured_stand_apart(html: str) -> None:
     assert "The pruned network is within 1 point" in table
     assert "CIFAR-10 VGG13 at 9.0x reaches 93.52 %" in rest
     assert "CIFAR-10 VGG13 at 9.0x" not in table
+
+
+def test_a_few_verdicts_of_stored_evidence_are_shown_and_many_folded_away(html: str, tmp_path: Path) -> None:
+    study = make_study(tmp_path / "other")
+    evidence = stored_verdicts(study)
+    few, many = evidence["accuracy-vs-masked"], evidence["dynamic-vs-fixed-pool"]
+    assert len(few) <= FEW < len(many)
+    assert all(escape(wording.stored(entry)) in html for entry in few + many)
+    assert html.count(f"<summary>{escape(tally(many))}</summary>") == 1
+    assert escape(tally(few)) not in html
+    console = Console(width=1000, record=True, file=io.StringIO())
+    terminal.show(study, console)
+    text = console.export_text()
+    assert tally(many) in text
+    assert wording.stored(many[0]) not in text
+    assert wording.stored(few[0]) in text
 
 
 def test_every_run_has_a_page_that_leads_back(tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ import pytest
 
 from reproductions.claims import BY_ID
 from reproductions.stats import Estimate, estimate
-from reproductions.wording import interval, measured, published, spread
+from reproductions.summary import StoredRow
+from reproductions.verdicts import EXCEEDED, TOO_FEW, Verdict
+from reproductions.wording import interval, measured, published, spread, tally
 
 
 def test_one_value_is_shown_without_spread_or_interval() -> None:
@@ -36,6 +38,11 @@ def test_nothing_measured_is_a_dash() -> None:
 )
 def test_published_values_read_as_in_the_paper(claim: str, text: str) -> None:
     assert published(BY_ID[claim]) == text
+
+
+def test_many_verdicts_are_counted() -> None:
+    rows = [StoredRow("some study", "ours", BY_ID["fast-time"], Verdict(word)) for word in (TOO_FEW, EXCEEDED, TOO_FEW)]
+    assert tally(rows) == "3 verdicts of stored evidence: 2 undecided (n too small), 1 exceeded"
 
 
 def test_ratios_carry_their_sign_in_no_way() -> None:
