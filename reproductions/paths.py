@@ -9,6 +9,7 @@
     RESULTS/STUDY/CONFIG_ID/seed_N/             one run: a RunDirectory of the trainer, and the two below
     RESULTS/STUDY/CONFIG_ID/seed_N/train.log    what its worker processes printed
     RESULTS/STUDY/CONFIG_ID/seed_N/failure.json why the last attempt failed
+    RESULTS/STUDY/CONFIG_ID/seed_N/kernels/     compiled for this run alone, while it is under way
 """
 
 from __future__ import annotations
@@ -71,6 +72,11 @@ class StudyDirectory:
 def failure(run: RunDirectory) -> Path:
     """Return the file that says why the last attempt of a run failed."""
     return run.path / "failure.json"
+
+
+def kernels(run: RunDirectory) -> Path:
+    """Return the folder of the kernels that are compiled for a run whose time counts."""
+    return run.path / "kernels"
 
 
 def log(run: RunDirectory) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import sys
 import threading
 import time
@@ -204,6 +205,7 @@ class Runner:
             code = self._work(spec, run)
             if code == 0:
                 paths.failure(run).unlink(missing_ok=True)
+                shutil.rmtree(paths.kernels(run), ignore_errors=True)
                 return True
             if code == USER_ERROR:
                 break
@@ -220,7 +222,7 @@ class Runner:
     def _work(self, spec: RunSpec, run: RunDirectory) -> int:
         """Train in a process of its own and return its exit code (negative: the signal that ended it)."""
         say = lambda line: self._say(f"  {spec.label}  {line}")  # noqa: E731
-        return self._executor.execute(self.command(spec, run), paths.log(run), self._settings(), say)
+        return self._executor.execute(self.command(spec, run), paths.log(run), self._settings(run), say)
 
     def command(self, spec: RunSpec, run: RunDirectory) -> list[str]:
         """Return the command line of a worker."""
@@ -249,13 +251,20 @@ class Runner:
             words += ["--begin-from", str(run.path), "--or-from-start"]
         return words
 
-    def _settings(self) -> dict[str, str]:
-        """Return the variables of a worker: with several at a time, each takes its share of the cores."""
+    def _settings(self, run: RunDirectory) -> dict[str, str]:
+        """Return the variables of a worker.
+
+        With several workers at a time, each takes its share of the cores. Where times count, each compiles its
+        kernels anew: else the first run with a pool of patterns would pay for all others.
+        """
+        settings = {}
+        if self._exclusive and not self._preset.smoke:
+            settings["CLICKTRAIN_CACHE_DIR"] = str(paths.kernels(run).resolve())
         workers = self._jobs * self._processes
-        if workers == 1:
-            return {}
-        threads = str(max(1, len(os.sched_getaffinity(0)) // workers))
-        return {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        if workers > 1:
+            threads = str(max(1, len(os.sched_getaffinity(0)) // workers))
+            settings |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        return settings
 
     def _note_failure(self, run: RunDirectory, code: int, title: str) -> None:
         lines = paths.log(run).read_text().splitlines()

@@ -100,6 +100,27 @@ def test_several_jobs_share_the_cores(tmp_path: Path) -> None:
     assert all(int(count) >= 1 for count in threads)
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_each_run_whose_time_counts_compiles_its_kernels_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: int
+) -> None:
+    monkeypatch.setenv("CLICKTRAIN_CACHE_DIR", str(tmp_path / "everyone's"))
+    compile_ = (
+        "cache = pathlib.Path(os.environ['CLICKTRAIN_CACHE_DIR']); cache.mkdir(exist_ok=True)\n"
+        "(out / 'cache').write_text(f'{cache} {len(list(cache.iterdir()))}'); (cache / out.name).touch()\n"
+    )
+    runner, _ = _runner(tmp_path, lambda spec: compile_ + FINISH, jobs=jobs)
+    labels = ["dense/0", "dense/1"]
+    assert runner.run(labels) == []
+    directories = [_directory(tmp_path, label) for label in labels]
+    used = [(directory.path / "cache").read_text().rsplit(" ", 1) for directory in directories]
+    if jobs == 1:  # times count
+        assert used == [[str(paths.kernels(directory)), "0"] for directory in directories]
+    else:
+        assert {place for place, _ in used} == {str(tmp_path / "everyone's")}
+    assert not any(paths.kernels(directory).exists() for directory in directories)
+
+
 def test_a_second_runner_is_refused(tmp_path: Path) -> None:
     runner, _ = _runner(tmp_path, lambda spec: FINISH)
     with lock(tmp_path / "toy" / "lock"), pytest.raises(ConfigError, match="another runner is at work"):
