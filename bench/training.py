@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
 import json
 import subprocess
 import sys
@@ -30,7 +29,7 @@ import clicktrain
 from bench.suite.cases import DENSE
 from bench.suite.networks import Setting, Step
 from bench.suite.workloads import STEP_GOAL
-from clicktrain import provenance, timing
+from clicktrain import memory, provenance, timing
 from clicktrain.errors import ClickTrainError
 from clicktrain.files import write_atomic
 from clicktrain.kernels.cpu import backend
@@ -38,8 +37,6 @@ from clicktrain.kernels.cpu import backend
 LOSS_STEPS, LOSS_TOLERANCE = 20, 1e-4
 """Steps whose losses are compared, and by how much they may differ, relative to the reference."""
 NAME_WIDTH = 44
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -186,27 +183,14 @@ def _bound(step: Step, x: Tensor, y: Tensor) -> timing.Contender:
     return timing.Contender(lambda: step(x, y))
 
 
-def keep_memory() -> None:
-    """Make the C library keep all memory that this process frees, instead of handing it back to the system.
-
-    Raises
-    ------
-    ClickTrainError
-        If it is not glibc.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None or not (mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)):
-        raise ClickTrainError("memory=kept: needs glibc's mallopt")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns 0, or 2 where the CPU backend is not available."""
     options = _parse(arguments)
     if (reason := backend.available()) is not True:
         print(f"error: the CPU backend is not available: {reason}", file=sys.stderr)
         return 2
-    if options.memory == "kept":
-        keep_memory()
+    if options.memory == "kept" and not memory.keep():
+        raise ClickTrainError("memory=kept: needs glibc's mallopt")
     setting = Setting(0.25, 16) if options.quick else Setting(options.width, options.batch)
     report: dict[str, Any] = {
         "schema": 1,

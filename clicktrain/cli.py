@@ -72,9 +72,11 @@ def train(
     ] = False,
 ) -> None:
     """Train a network, or go on with a run that was interrupted."""
+    from clicktrain import memory
     from clicktrain.config import RunConfig, merge, parse_assignment, read_toml
     from clicktrain.training import train as train_run
 
+    memory.keep()  # not in the library: a process of its own is not ours to change
     values: dict[str, Any] = {} if config is None else read_toml(config)
     changes: list[dict[str, Any]] = [{"preset": preset}] if preset else []
     changes += [{"method": {"name": method}}] if method else []  # before its options: another name drops those

@@ -141,10 +141,11 @@ def methods_table(study: Study) -> str:
     if not _is_exclusive(study):
         title += " Other work ran beside some of the runs: times say little."
     head: Sequence[str] = _METHODS
-    rows = [_method_row(summary) for summary in summarize(study)]
+    found = [summary for summary in summarize(study) if summary.n]
+    rows = [_method_row(summary) for summary in found]
     if kept := retained.rows(retained.read(study.directory)):
         head = (*head, "importance retained before training on, %")
-        rows = [(*row, _retained(kept, method)) for row, method in zip(rows, study.preset.methods, strict=True)]
+        rows = [(*row, _retained(kept, summary.row)) for row, summary in zip(rows, found, strict=True)]
     return f"{title}\n\n{_table(head, rows)}"
 
 

@@ -35,6 +35,13 @@ def call(*arguments: str | Path) -> int:
     return caught.value.code
 
 
+def test_training_keeps_its_memory(tmp_path: Path, toy_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[bool] = []
+    monkeypatch.setattr("clicktrain.memory.keep", lambda: kept.append(True))
+    assert call("train", "--config", toy_file, "--out", tmp_path / "run") == 0
+    assert kept == [True]
+
+
 def test_train_then_eval_then_train_again(tmp_path: Path, toy_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     assert call("train", "--config", toy_file, "--out", out, "--seed", "4", "--concurrent-runs", "0") == 0

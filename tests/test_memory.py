@@ -29,3 +29,22 @@ def test_the_peak_stays_when_memory_is_freed() -> None:
 def test_a_small_child_of_a_large_process_is_small() -> None:
     large = torch.ones(512 * 2**20)
     assert peaks(1)[1] < large.nbytes
+
+
+def test_kept_memory_costs_its_page_faults_once() -> None:
+    program = (
+        "import resource, sys, torch\n"
+        "from clicktrain import memory\n"
+        "if sys.argv[1] == 'kept': assert memory.keep()\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    for _ in range(20): torch.zeros(10_000_000)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "faults(); print(faults())\n"
+    )
+    # 40 MB is 10,000 pages, or 20 huge ones.
+    counts = {
+        how: int(subprocess.run([sys.executable, "-c", program, how], check=True, capture_output=True).stdout)
+        for how in ("torch", "kept")
+    }
+    assert counts["kept"] < counts["torch"] / 2

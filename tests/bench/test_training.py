@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -56,25 +55,6 @@ def test_a_step_is_compared_with_the_best_dense_one() -> None:
     assert times.name in str(times)
 
 
-def test_kept_memory_costs_its_page_faults_once() -> None:
-    program = (
-        "import resource, sys, torch\n"
-        "from bench.training import keep_memory\n"
-        "if sys.argv[1] == 'kept': keep_memory()\n"
-        "def faults():\n"
-        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "    for _ in range(20): torch.zeros(10_000_000)\n"
-        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
-        "faults(); print(faults())\n"
-    )
-    # 40 MB is 10,000 pages, or 20 huge ones.
-    counts = {
-        how: int(subprocess.run([sys.executable, "-c", program, how], check=True, capture_output=True).stdout)
-        for how in ("torch", "kept")
-    }
-    assert counts["kept"] < counts["torch"] / 2
-
-
 def test_the_command_stores_everything_with_provenance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[bool] = []
 
@@ -83,7 +63,7 @@ def test_the_command_stores_everything_with_provenance(tmp_path: Path, monkeypat
         assert check
         assert training.main(command[3:]) == 0
 
-    monkeypatch.setattr(training, "keep_memory", lambda: kept.append(True))
+    monkeypatch.setattr(training.memory, "keep", lambda: kept.append(True) or True)
     monkeypatch.setattr(training, "subprocess", SimpleNamespace(run=in_this_process))
     monkeypatch.setattr(training, "Setting", lambda *_: Setting(0.125, 8))
     out = tmp_path / "training.json"
