@@ -29,7 +29,7 @@ CPU_INDEX_TIMEOUT_SECONDS = 5
 
 @nox.session
 def reproduce(session: nox.Session) -> None:
-    """Run the quick study on embedded data and write its report (about 10 minutes on 2 cores)."""
+    """Run the quick study on embedded data and write its report (4 to 10 minutes on 2 cores)."""
     install(session, "report")
     session.run("python", "-m", "reproductions", "run", "quick", *session.posargs)
 

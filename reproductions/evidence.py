@@ -31,10 +31,10 @@ def export(study: Study, destination: Path) -> int:
         A run's data set is addressed by an absolute path, or the destination cannot be written.
     """
     for run in study.runs:
-        name = run.spec.config.data.name
-        if Path(name.partition(":")[2]).is_absolute() or run.spec.config.data.root is not None:
+        data = run.spec.config.data
+        if any(Path(place).is_absolute() for place in (data.name.partition(":")[2], data.root or "")):
             raise InvalidArgument(
-                f"{run.spec.label}: its data set {name!r} lies at a place of this machine; evidence needs a path "
+                f"{run.spec.label}: its data set {data.name!r} lies at a place of this machine; evidence needs a path "
                 "relative to the project, as in imagefolder:data/NAME"
             )
     copy = StudyDirectory(destination)

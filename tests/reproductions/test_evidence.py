@@ -38,11 +38,17 @@ def test_evidence_is_never_overwritten(tmp_path: Path) -> None:
     assert result.read_text() == before
 
 
-def test_data_at_an_absolute_path_are_refused(tmp_path: Path) -> None:
-    text = PRESET.replace('"fashion-mnist-small"', '"imagefolder:/data/mine"')
-    study = make_study(tmp_path / "results" / "toy", text)
+@pytest.mark.parametrize("data", ['"imagefolder:/data/mine"', '"cifar10"\nroot = "/data"'])
+def test_data_at_an_absolute_path_are_refused(tmp_path: Path, data: str) -> None:
+    study = make_study(tmp_path / "results" / "toy", PRESET.replace('"fashion-mnist-small"', data))
     with pytest.raises(InvalidArgument, match="lies at a place of this machine"):
         export(study, tmp_path / "evidence")
+
+
+@pytest.mark.parametrize("data", ['"imagefolder:data/mine"', '"cifar10"\nroot = "data"'])
+def test_data_at_a_place_of_the_project_are_not(tmp_path: Path, data: str) -> None:
+    study = make_study(tmp_path / "results" / "toy", PRESET.replace('"fashion-mnist-small"', data))
+    assert export(study, tmp_path / "evidence") == 9
 
 
 def test_an_unwritable_destination_is_named(tmp_path: Path) -> None:
