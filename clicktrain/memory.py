@@ -16,8 +16,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 def keep() -> bool:
     """Make the C library keep all memory that this process frees, instead of handing it back to the system.
 
-    A training step frees and needs the same memory over and over, and pays for every page that comes back. A dense
-    step of a VGG-13 of quarter width took a third less with it, a sparse one a tenth (2 cores, batch 64).
+    A training step frees and needs the same memory over and over, and pays for every page that comes back: most of
+    all in small networks, whose steps are short.
 
     Returns
     -------
