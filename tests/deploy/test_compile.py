@@ -32,10 +32,10 @@ def test_networks_of_the_zoo_run_whole(name: str) -> None:
     model = pruned(name)
     compiled = deploy.compile(model, torch.empty(1, 3, 32, 32), strict=True)
     assert compiled.fallbacks == []
-    model = dense(model)
+    model = dense(model).double()  # float32 is 5e-5 away from it in the deepest network, in torch as here
     for planned in [compiled] if name == "imagenet_resnet50" else [compiled, CompiledModel(compiled.graph, 8)]:
         x = torch.randn(planned.input_shape)
-        want = model(x)
+        want = model(x.double())
         assert len(x) == 1 or float((want - want.mean(0)).norm()) > 0.05 * float(want.norm()), "results are bias only"
         assert error(planned(x), want) < TOLERANCE, planned.batch
 

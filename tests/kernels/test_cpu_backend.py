@@ -282,8 +282,10 @@ def test_a_pool_of_all_patterns_uses_the_generic_kernel() -> None:
         ("avx512", 1, 2, (1, 2, 2)),  # the window is the image
         ("avx512", 1, 7, None),  # an odd row leaves half a pair
         ("avx512", 2, 2, (1, 1, 1)),  # one output pixel
-        ("avx2", 2, 12, None),  # 16 registers
-        ("avx2", 1, 12, None),
+        ("avx2", 2, 12, (1, 1, 2)),
+        ("avx2", 1, 12, (1, 2, 4)),  # of the window what one pattern reads
+        ("avx2", 1, 2, (1, 2, 2)),
+        ("portable", 1, 12, None),
     ],
 )
 def test_layers_go_channel_by_channel_where_the_window_fits(
@@ -316,6 +318,6 @@ def test_pairs_of_pixels_where_registers_are_wide_or_nothing_is_wasted(
 ) -> None:
     monkeypatch.setattr(tuning, "instruction_set", lambda: "avx512")
     monkeypatch.setattr(tuning, "wide_registers", lambda: wide)
-    monkeypatch.setattr(passes, "first_level_cache", lambda: 32768)
+    monkeypatch.setattr(passes, "cache_bytes", lambda level: 32768)
     made = Case(official_pool(pool), filters, 16, 16, (size, size), (stride,) * 2, (1, 1), 0.3, seed=0).plan()
     assert tuning.estimate(Layer.forward(made), 2).sweep == sweep

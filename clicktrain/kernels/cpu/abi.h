@@ -21,13 +21,16 @@ struct Sweep {
   const float* sums_in;     // sums so far; null = zero
   float* sums_out;
   int64_t in_filter, in_block, in_row, in_pixel;      // strides of sums_in in floats
-  int64_t out_filter, out_block, out_row, out_pixel;  // strides of sums_out
+  int64_t out_filter, out_block, out_row, out_pixel;  // strides of sums_out, or of output where there is one
   int32_t begin, end;       // places to do
   int32_t channels;         // of the window
   int32_t streaming;        // store past the caches
   const float* bias;        // [filters] what the sums start from where sums_in is null; null = zero
-  const float* residual;    // added to the finished sums, placed as sums_out is; null = nothing
+  const float* residual;    // added to the finished sums, placed as the outputs are; null = nothing
   int32_t relu;             // of the finished sums
+  // Of sweeps by channel, whose sums stay in memory until all channels are done:
+  int32_t max_pool;         // output is the largest of each 2 x 2
+  float* output;            // where the finished sums of the first filter go; null: there are channels to come
 };
 
 typedef void (*SweepFunction)(const Sweep*);
@@ -55,7 +58,7 @@ struct Pass {
   int32_t part_runs, list_runs;    // entries of `runs` for a part, and for all parts of a channel block and group
   int32_t streaming;               // outputs are too large for the caches, and tiles fill whole cache lines
   int32_t whole_tiles;             // sweeps write whole tiles, also where they stick out of the output
-  int32_t keeps_sums;              // sweeps leave the sums where they are; the driver writes the output
+  int32_t keeps_sums;              // sweeps are by channel: they keep sums in memory until all channels are done
   int32_t in_place;                // sweeps read x itself, not a copy of its window
   int32_t max_pool;                // of 2 x 2 finished outputs only the largest is written: y is half as high and wide;
                                    // sums are kept, tiles start and end at even pixels, nothing is added to the sums

@@ -161,16 +161,20 @@ def _products(
     """
     register = REGISTERS[PIXELS[spec.instruction_set]]
     which = {e: _which(k, columns, spec) for e, (_, _, k) in places.items()}
-    entries = [e for e, pixels in which.items() if pixels]
-    lines = []
-    for e in entries:
-        row, pixel, k = places[e]
-        load = _load(f"{row} + {(pixel + k) * LANES}", which[e], spec)
-        lines.append(f"        {register.name} v{e} = {load}; pin(v{e});")
+    inputs = {
+        f"v{e}": _load(f"{row} + {(pixel + k) * LANES}", which[e], spec)
+        for e, (row, pixel, k) in places.items()
+        if which[e]
+    }
     load = register.load if len(columns) == PIXELS[spec.instruction_set] else register.load_first
-    for f in range(filters if entries else 0):
-        additions = " ".join(f"add{which[e]}(s{f}_{e}, v{e}, g);" for e in entries)
-        lines.append(f"        {{ {register.name} g = {load}(g{f} + {out}); pin(g); {additions} }}")
+    gradients = {f"d{f}": f"{load}(g{f} + {out})" for f in range(filters if inputs else 0)}
+    # The fewer of the two stay in registers while the others pass by: 12 sums leave 4 registers of AVX2.
+    held, passing = sorted((gradients, inputs), key=len)
+    lines = [f"        {register.name} {name} = {value}; pin({name});" for name, value in held.items()]
+    for name, value in passing.items():
+        pairs = [(name, other) if name in inputs else (other, name) for other in held]
+        additions = " ".join(f"add{which[int(v[1:])]}(s{d[1:]}_{v[1:]}, {v}, {d});" for v, d in pairs)
+        lines.append(f"        {{ {register.name} {name} = {value}; pin({name}); {additions} }}")
     return lines
 
 

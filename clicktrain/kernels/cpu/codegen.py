@@ -9,12 +9,12 @@ constants relative to the channel or the filter. Taps that would read padding ar
   for 15 loads, where the generic sweep (taps.h) needs 32. A record's offset is its channel's place in the window.
   More weights than registers hold (dense 5 x 5 and 7 x 7) are loaded when their turn comes, while a row of the window
   is in registers.
-- "channels" goes through the kernels of one channel after the other and keeps the window of the tile in registers,
-  all 24 pixels of it for 2 x 4, which takes the 32 registers of AVX-512. The sums of all filters stay in the
-  first-level cache: 8 loads and 8 stores for 32 multiply-adds, from one small place instead of a window of all
-  channels that only the second-level cache holds. The window is read once, so that there is no need to copy it:
-  the sweep reads the input itself, and fetches ahead what the tile below will read, or the next block.
-  A record's offset is its filter's place in the sums.
+- "channels" goes through the kernels of one channel after the other. The sums of all filters stay in the first-level
+  cache: 8 loads and 8 stores for 32 multiply-adds on 2 x 4 pixels, from one small place instead of a window of all
+  channels that only the second-level cache holds. The 24 pixels of the window stay in the registers of AVX-512; those
+  of AVX2 hold what one pattern reads of it (10 pixels for 1 x 4), or let it pass by as sweeps by filter do. The window
+  is read once, so that there is no need to copy it: the sweep reads the input itself, and fetches ahead what the tile
+  below will read, or the next block. A record's offset is its filter's place in the sums.
 
 "filter_pairs" and "channel_pairs" are the same on registers of two neighbouring output pixels (512 bits): half the
 instructions. Their windows hold a pair for every column, as taps need them, with a stride from two places; padding
@@ -31,8 +31,9 @@ that occur would be minutes of compiling at installation and megabytes of code.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import groupby, product
+from itertools import chain, groupby, product
 from math import prod
 from typing import Literal
 
@@ -48,6 +49,8 @@ TARGETS = {
 Sweep = Literal["filters", "filter_pairs", "channels", "channel_pairs"]
 SUMS_AT_ONCE = 8
 """Sums that a sweep by channel loads before it stores them."""
+HELD_PIXELS = {"avx512": 28, "avx2": 12, "portable": 0}
+"""Of a window that sweeps by channel hold in registers, beside weights and sums."""
 MOST_WEIGHTS = 9
 """That are in registers together."""
 MAX_PATTERNS = 16
@@ -246,12 +249,10 @@ def _run(number: int, pattern: tuple[int, ...], spec: SweepSpec, shape: TileShap
 
 
 def _channels(name: str, patterns: tuple[tuple[int, ...], ...], spec: SweepSpec, shape: TileShape) -> list[str]:
-    entries, tile_columns, register = len(patterns[0]), spec.tile[2], REGISTERS[spec.pixels]
-    sums = list(product(range(shape.rows), range(0, shape.columns, spec.pixels)))
-    places = {place: (place[0] * tile_columns + place[1]) * LANES for place in sums}
-    taps = [{place: _taps(pattern, place, spec, shape) for place in sums} for pattern in patterns]
-    read = sorted({pixel for pattern in taps for used in pattern.values() for _, pixel in used})
-    window = {pixel: f"x{number}" for number, pixel in enumerate(read)}
+    entries, register, of_filter = len(patterns[0]), REGISTERS[spec.pixels], prod(spec.tile) * LANES
+    taps = [{place: _taps(pattern, place, spec, shape) for place in _registers(spec, shape)} for pattern in patterns]
+    windows = [sorted({pixel for pixels in used.values() for _, pixel in pixels}) for used in taps]
+    whole = sorted({*chain(*windows)})
     lines = [
         f'extern "C" void {name}(const Sweep* s) {{',
         "  const float* channel = s->window;",
@@ -259,37 +260,134 @@ def _channels(name: str, patterns: tuple[tuple[int, ...], ...], spec: SweepSpec,
         "  const int32_t* offset = s->offsets + first;",
         f"  const float* weight = s->weights + first * {entries};",
         "  const uint16_t* run = s->runs;",
+        "  float* const all_sums = s->sums_out;",
         f"  const int64_t next_block = int64_t(s->channels) * {_channel_floats(spec)};",
         "  if (!s->sums_in)",
         "    for (int f = s->begin; f < s->end; ++f) {",
-        f"      float* sums = s->sums_out + int64_t(f) * {prod(spec.tile) * LANES};",
+        f"      float* sums = all_sums + int64_t(f) * {of_filter};",
         f"      const {register.name} start = {register.broadcast}(s->bias ? s->bias[f] : 0.0f);",
-        *(f"      store(sums + {place}, start);" for place in places.values()),
+        *(f"      store(sums + {_sum_offset(place, spec)}, start);" for place in _registers(spec, shape)),
         "    }",
         f"  for (int c = 0; c < s->channels; ++c, channel += {_channel_floats(spec)}, run += {len(patterns)}) {{",
         *(f"    __builtin_prefetch(channel + {place}, 0, 2);" for place in _ahead(spec, shape)),
-        *(f"    {register.name} {x} = {_load(0, pixel, spec, shape)}; pin({x});" for pixel, x in window.items()),
     ]
-    for number, used in enumerate(taps):
+    holds = HELD_PIXELS[spec.instruction_set]
+    if len(whole) <= holds:
+        lines += _held(whole, spec, shape)
+    for number, (used, window) in enumerate(zip(taps, windows, strict=True)):
         lines += [
+            "    {",
+            *(_held(window, spec, shape) if len(window) <= holds < len(whole) else []),
             f"    for (int n = run[{number}]; n; --n, ++offset, weight += {entries}) {{",
-            "      float* const sums = s->sums_out + *offset;",
-            *(
-                f"      const {register.name} w{entry} = {register.broadcast}(weight[{entry}]);"
-                for entry in range(entries)
-            ),
+            "      float* const sums = all_sums + *offset;",
+            *(_add_held(used, spec) if len(window) <= holds else _add_passing(used, spec, shape)),
+            "    }",
+            "    }",
         ]
-        for first in range(0, len(sums), SUMS_AT_ONCE):
-            some = [place for place in sums[first : first + SUMS_AT_ONCE] if used[place]]
-            additions = sorted((entry, place, pixel) for place in some for entry, pixel in used[place])
-            loads = {place: f"{register.load}(sums + {places[place]})" for place in some}
-            lines += [
-                *(f"      {register.name} {_sum(0, *place)} = {load};" for place, load in loads.items()),
-                *(f"      {_sum(0, *place)} += w{entry} * {window[pixel]};" for entry, place, pixel in additions),
-                *(f"      store(sums + {places[place]}, {_sum(0, *place)});" for place in some),
-            ]
-        lines.append("    }")
-    return [*lines, "  }", "}"]
+    return [*lines, "  }", *_finish(spec, shape), "}"]
+
+
+Uses = dict[Pair, list[tuple[int, Pair]]]
+"""For each register of sums the entries of a pattern that it takes, and the window pixel of each."""
+
+
+def _registers(spec: SweepSpec, shape: TileShape) -> list[Pair]:
+    """Return the first output pixel of each register of a tile."""
+    return list(product(range(shape.rows), range(0, shape.columns, spec.pixels)))
+
+
+def _held(window: Iterable[Pair], spec: SweepSpec, shape: TileShape) -> list[str]:
+    """Return the lines that load window pixels for as long as the block lasts."""
+    name = REGISTERS[spec.pixels].name
+    return [f"    {name} {_pixel(p)} = {_load(0, p, spec, shape)}; pin({_pixel(p)});" for p in window]
+
+
+def _add_held(used: Uses, spec: SweepSpec) -> list[str]:
+    """Return the lines that add a kernel to its sums, a few of these at a time, from window pixels in registers."""
+    register, lines = REGISTERS[spec.pixels], []
+    places, known = [place for place, taps in used.items() if taps], set()
+    for first in range(0, len(places), SUMS_AT_ONCE):
+        sums = {place: _sum(0, *place) for place in places[first : first + SUMS_AT_ONCE]}
+        at = {place: f"sums + {_sum_offset(place, spec)}" for place in sums}
+        lines += [f"      {register.name} {total} = {register.load}({at[place]});" for place, total in sums.items()]
+        additions = sorted((entry, place, pixel) for place in sums for entry, pixel in used[place])
+        for entry, place, pixel in additions:
+            if entry not in known:  # as late as possible: AVX2 has just one register left for it
+                lines.append(f"      const {register.name} w{entry} = {register.broadcast}(weight[{entry}]);")
+                known.add(entry)
+            lines.append(f"      {sums[place]} += w{entry} * {_pixel(pixel)};")
+        lines += [f"      store({at[place]}, {total});" for place, total in sums.items()]
+    return lines
+
+
+def _add_passing(used: Uses, spec: SweepSpec, shape: TileShape) -> list[str]:
+    """Return the lines that add a kernel to its sums, all of them in registers while window pixels pass by."""
+    register = REGISTERS[spec.pixels]
+    sums = [(_sum(0, *place), _sum_offset(place, spec)) for place, taps in used.items() if taps]
+    entries = sorted({entry for taps in used.values() for entry, _ in taps})
+    uses: dict[Pair, list[tuple[int, str]]] = {}
+    for place, taps in used.items():
+        for entry, pixel in taps:
+            uses.setdefault(pixel, []).append((entry, _sum(0, *place)))
+    lines = [
+        *(f"      {register.name} {total} = {register.load}(sums + {offset});" for total, offset in sums),
+        *(f"      const {register.name} w{entry} = {register.broadcast}(weight[{entry}]);" for entry in entries),
+    ]
+    for pixel in sorted(uses):
+        pin = " pin(x);" if len(uses[pixel]) > 1 else ""
+        additions = " ".join(f"{total} += w{entry} * x;" for entry, total in sorted(uses[pixel]))
+        lines.append(f"      {{ {register.name} x = {_load(0, pixel, spec, shape)};{pin} {additions} }}")
+    return [*lines, *(f"      store(sums + {offset}, {total});" for total, offset in sums)]
+
+
+def _finish(spec: SweepSpec, shape: TileShape) -> list[str]:
+    """Return the lines that write the outputs, or the largest of each 2 x 2, once all channels are done."""
+    of_filter = prod(spec.tile) * LANES
+    loop = f"for (; sums != end; sums += {of_filter}, out += s->out_filter)"
+    return [
+        "  if (float* out = s->output) {",
+        f"    const float* sums = all_sums + int64_t(s->begin) * {of_filter};",
+        f"    const float* const end = all_sums + int64_t(s->end) * {of_filter};",
+        *(_finish_pooled(loop, spec, shape) if shape.rows % 2 == shape.columns % 2 == 0 else []),
+        *_finish_whole(loop, spec, shape),
+        "  }",
+    ]
+
+
+def _finish_pooled(loop: str, spec: SweepSpec, shape: TileShape) -> list[str]:
+    lines = ["    if (s->max_pool) {", f"      {loop} {{"]
+    for r, c in product(range(0, shape.rows, 2), range(0, shape.columns, 2)):
+        corners = product((r, r + 1), (c, c + 1))
+        a, b, c_, d = (f"load(sums + {_sum_offset(corner, spec)})" for corner in corners)
+        lines += [
+            f"        {{ const Vec v = larger(larger({a}, {b}), larger({c_}, {d}));",
+            f"          store(out + {r // 2} * s->out_row + {c // 2 * LANES}, s->relu ? relu(v) : v); }}",
+        ]
+    return [*lines, "      }", "      return;", "    }"]
+
+
+def _finish_whole(loop: str, spec: SweepSpec, shape: TileShape) -> list[str]:
+    register = REGISTERS[spec.pixels]
+    half = {place for place in _registers(spec, shape) if place[1] + spec.pixels > shape.columns}
+    places = {(r, c): f"{r} * s->out_row + {c * LANES}" for r, c in _registers(spec, shape)}
+    load = {place: register.load_first if place in half else register.load for place in places}
+    value = {place: f"first({_sum(0, *place)})" if place in half else _sum(0, *place) for place in places}
+    return [
+        "    const float* residual = s->residual;",
+        f"    {loop} {{",
+        *(f"      {register.name} {_sum(0, *p)} = {register.load}(sums + {_sum_offset(p, spec)});" for p in places),
+        "      if (residual) {",
+        *(f"        {_sum(0, *p)} += {load[p]}(residual + {place});" for p, place in places.items()),
+        "        residual += s->out_filter;",
+        "      }",
+        f"      if (s->relu) {{ {' '.join(f'{_sum(0, *p)} = relu({_sum(0, *p)});' for p in places)} }}",
+        "      if (s->streaming) {",
+        *(f"        stream(out + {place}, {value[p]});" for p, place in places.items()),
+        "      } else {",
+        *(f"        store(out + {place}, {value[p]});" for p, place in places.items()),
+        "      }",
+        "    }",
+    ]
 
 
 def _taps(pattern: tuple[int, ...], place: Pair, spec: SweepSpec, shape: TileShape) -> list[tuple[int, Pair]]:
@@ -343,6 +441,15 @@ def _channel_floats(spec: SweepSpec) -> int:
 def _window_offset(place: tuple[int, int, int], spec: SweepSpec) -> int:
     block, row, column = place
     return ((block * spec.window_rows + row) * spec.window_pitch + column) * LANES
+
+
+def _sum_offset(place: Pair, spec: SweepSpec) -> int:
+    """Return the floats from the sums of a filter to those of an output pixel."""
+    return (place[0] * spec.tile[2] + place[1]) * LANES
+
+
+def _pixel(place: Pair) -> str:
+    return f"x{place[0]}_{place[1]}".replace("-", "m")
 
 
 def _sum(block: int, row: int, column: int) -> str:

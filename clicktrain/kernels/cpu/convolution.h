@@ -114,9 +114,9 @@ class Convolution {
     for (int cb = 0; cb < p_.channel_blocks; ++cb) {
       if (!p_.in_place) copy_window(t, cb);
       Sweep s = sweep_of(cb, 0, p_.in_place ? place(t, cb) : window_, sums_ - begin * tile_floats(p_), begin, end);
+      if (cb == p_.channel_blocks - 1) finish_to_output(s, t, begin);
       p_.sweeps[t.number](&s);
     }
-    p_.max_pool ? store_pooled(t, sums_, begin, end) : store_tile(t, sums_, begin, end);
   }
 
   static size_t window_floats(const Pass& p) {
@@ -228,6 +228,8 @@ class Convolution {
     s.bias = epilogue_.bias;
     s.residual = nullptr;
     s.relu = 0;
+    s.max_pool = 0;
+    s.output = nullptr;
     return s;
   }
 
@@ -237,8 +239,23 @@ class Convolution {
     s.out_block = p_.filters * s.out_filter;
     const int64_t corner = (int64_t(t.top) * p_.out_w + t.left) * kLanes;
     s.sums_out = y_ + t.block * s.out_block + corner + first_pixel(phase, p_.out_w);
+    finish(s, s.sums_out);
+  }
+
+  // Let the last call of a sweep by channel write what becomes of the sums, from filter `begin` on.
+  void finish_to_output(Sweep& s, const TilePlace& t, int begin) {
+    const int less = p_.max_pool ? 2 : 1;
+    s.out_pixel = kLanes;
+    s.out_row = int64_t(p_.out_w / less) * kLanes;
+    s.out_filter = p_.out_h / less * s.out_row;
+    s.output = y_ + (int64_t(t.block) * p_.filters + begin) * s.out_filter + t.top / less * s.out_row + t.left / less * kLanes;
+    s.max_pool = p_.max_pool;
+    finish(s, s.output);
+  }
+
+  void finish(Sweep& s, const float* output) const {
     s.streaming = p_.streaming;
-    if (epilogue_.residual) s.residual = epilogue_.residual + (s.sums_out - y_);
+    if (epilogue_.residual) s.residual = epilogue_.residual + (output - y_);
     s.relu = epilogue_.relu;
   }
 
@@ -262,27 +279,12 @@ class Convolution {
         }
   }
 
-  // Copy the largest of each 2 x 2 of a tile's sums, as `pool` of program.h finds it.
-  void store_pooled(const TilePlace& t, const float* from, int begin, int end) {
-    const int64_t row = int64_t(p_.tile_w) * kLanes, y_row = int64_t(p_.out_w / 2) * kLanes;
-    for (int f = begin; f < end; ++f, from += p_.tile_h * row) {
-      float* plane = y_ + (int64_t(t.block) * p_.filters + f) * (p_.out_h / 2) * y_row;
-      for (int r = 0; r < t.rows; r += 2)
-        for (int c = 0; c < t.columns; c += 2) {
-          const float* corner = from + r * row + c * kLanes;
-          Vec v = larger(larger(load(corner), load(corner + kLanes)), larger(load(corner + row), load(corner + row + kLanes)));
-          if (epilogue_.relu) v = relu(v);
-          store(plane + (t.top + r) / 2 * y_row + (t.left + c) / 2 * kLanes, v);
-        }
-    }
-  }
-
   void finish_row(const float* sums, const float* residual, int floats, float* to) const {
     for (int i = 0; i < floats; i += kLanes) {
       Vec v = load(sums + i);
       if (residual) v += load(residual + i);
       if (epilogue_.relu) v = relu(v);
-      p_.streaming ? stream(to + i, v) : store(to + i, v);
+      store(to + i, v);
     }
   }
 

@@ -13,7 +13,7 @@ from clicktrain.kernels.cpu import accumulators, codegen
 from clicktrain.kernels.cpu.accumulators import AccumulatorSpec, by_register, merged, taps_by_pixel
 from clicktrain.kernels.cpu.codegen import LANES
 from clicktrain.kernels.cpu.layer import Integers, Layer, stable_order
-from clicktrain.kernels.cpu.library import Gradient, instruction_set
+from clicktrain.kernels.cpu.library import Gradient, cache_bytes, instruction_set
 from clicktrain.kernels.cpu.passes import Prepared, addresses, warn_once
 
 TASK_SUMS, TASKS_PER_THREAD = 1 << 13, 4
@@ -23,7 +23,8 @@ CHUNK_VECTORS = 1 << 15
 """Of dy, 1 MB: with smaller chunks the sums are loaded and stored too often. Whatever the threads, for the halves of
 a sum of pairs are added at the end of each chunk."""
 STRAIGHT_PIXELS = 16
-"""Of an output: up to so many, the code for it has no loops over pixels."""
+"""Of an output: up to so many, the code for it has no loops over pixels. So small planes are not fetched ahead either,
+and a chunk must lie in the second-level cache."""
 RUN = 6
 """Kernels of one channel and pattern that a part of the filters should have at least: as many as share registers."""
 
@@ -41,12 +42,13 @@ def prepare_gradient(layer: Layer, blocks: int) -> Prepared:
     kernels, channels = kernels[order], channels[order]
     starts = np.flatnonzero(np.diff(runs[order], prepend=-1))
     (out_h, out_w), (in_h, in_w) = layer.out_size, layer.in_size
+    chunk = min(CHUNK_VECTORS, cache_bytes(2) // (4 * LANES)) if _is_straight(layer) else CHUNK_VECTORS
     made = Prepared(Gradient(
         blocks=blocks, channels=layer.channels, in_h=in_h, in_w=in_w, filters=layer.filters, out_h=out_h, out_w=out_w,
         stride_h=layer.stride[0], stride_w=layer.stride[1], pad_h=layer.padding[0], pad_w=layer.padding[1],
         kernel_size=layer.kernel_size, entries=layer.entries, tasks=_tasks(layer),
-        chunk_blocks=max(1, min(blocks, CHUNK_VECTORS // (layer.filters * out_w * out_h))),
-        chunk_rows=max(1, min(out_h, CHUNK_VECTORS // (layer.filters * out_w))),
+        chunk_blocks=max(1, min(blocks, chunk // (layer.filters * out_w * out_h))),
+        chunk_rows=max(1, min(out_h, chunk // (layer.filters * out_w))),
     ), {})  # fmt: skip
     arrays = {
         "task_starts": _task_starts(channels[starts], starts, len(kernels.filters), made.structure.tasks),
@@ -62,6 +64,10 @@ def prepare_gradient(layer: Layer, blocks: int) -> Prepared:
     if layer.kernel_size > 1 and len(layer.patterns) <= codegen.MAX_PATTERNS:
         _add_accumulators(made, layer)
     return made
+
+
+def _is_straight(layer: Layer) -> bool:
+    return math.prod(layer.out_size) <= STRAIGHT_PIXELS
 
 
 def _part(layer: Layer) -> int:
@@ -92,7 +98,7 @@ def _add_accumulators(made: Prepared, layer: Layer) -> None:
     columns = by_register(pixels, instruction_set())
     (row_classes, row_ends), (column_classes, column_ends) = merged(rows), merged(columns)
     facts = (instruction_set(), layer.kernel_size, layer.patterns, layer.stride)
-    if math.prod(layer.out_size) <= STRAIGHT_PIXELS:
+    if _is_straight(layer):
         spec = AccumulatorSpec(*facts, rows, columns, layer.in_size[1])
     else:
         spec = AccumulatorSpec(*facts, row_classes, column_classes)

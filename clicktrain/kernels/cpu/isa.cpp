@@ -13,10 +13,10 @@
 
 extern "C" {
 
-// Bytes of a core's first-level data cache; 0 where the C library does not tell.
-int64_t clicktrain_first_level_cache() {
+// Bytes of a core's data cache of the first or second level; 0 where the C library does not tell.
+int64_t clicktrain_cache_bytes(int level) {
 #ifdef _SC_LEVEL1_DCACHE_SIZE
-  return std::max<int64_t>(0, sysconf(_SC_LEVEL1_DCACHE_SIZE));
+  return std::max<int64_t>(0, sysconf(level == 1 ? _SC_LEVEL1_DCACHE_SIZE : _SC_LEVEL2_CACHE_SIZE));
 #else
   return 0;
 #endif

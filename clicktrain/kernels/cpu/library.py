@@ -151,9 +151,9 @@ def instruction_set() -> str:
 
 
 @cache
-def first_level_cache() -> int:
-    """Return the bytes of a core's first-level data cache, as far as the machine tells."""
-    return int(load().clicktrain_first_level_cache()) or 32768
+def cache_bytes(level: Literal[1, 2]) -> int:
+    """Return the bytes of a core's data cache of the first or second level, as far as the machine tells."""
+    return int(load().clicktrain_cache_bytes(level)) or {1: 1 << 15, 2: 1 << 20}[level]
 
 
 @cache

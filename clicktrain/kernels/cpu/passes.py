@@ -19,7 +19,7 @@ from clicktrain.kernels import build
 from clicktrain.kernels.cpu import codegen
 from clicktrain.kernels.cpu.codegen import LANES, SweepSpec, TileShape
 from clicktrain.kernels.cpu.layer import Layer, Pair, stable_order
-from clicktrain.kernels.cpu.library import Pass, first_level_cache, instruction_set, sweep_taps
+from clicktrain.kernels.cpu.library import Pass, cache_bytes, instruction_set, sweep_taps
 from clicktrain.kernels.cpu.reorder import reorder
 
 ITEMS_PER_THREAD, FILTERS_PER_PART = 4, 16
@@ -266,7 +266,7 @@ def filters_at_once(tile: tuple[int, int, int]) -> int:
     Windows are in registers meanwhile. The longer the runs, the fewer loops end unforeseen: with half of the cache,
     layers of 256 filters at 8x were a sixth slower.
     """
-    return max(MIN_PART, first_level_cache() // (4 * math.prod(tile) * LANES))
+    return max(MIN_PART, cache_bytes(1) // (4 * math.prod(tile) * LANES))
 
 
 def _structure(layer: Layer, blocks: int, choice: Choice) -> Pass:

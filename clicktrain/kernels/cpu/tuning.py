@@ -34,12 +34,15 @@ longer lists pay more."""
 BAND_PIXELS = 16
 LEARNT_RUNS = 1024
 ROUNDS = 5
-VERSION = 3
+VERSION = 4
 """Of the candidates: choices on disk are of one version of these and of the C++ sources."""
 _FMA_LATENCY = 4
 _SUMS = {"avx512": 24, "avx2": 10, "portable": 8}
-_REGISTERS = 32  # of AVX-512, the only set that holds a window
+_REGISTERS = 32  # of AVX-512, the only set that holds a whole window
 _SUMS_UNDER_WAY = 3
+_PASSING_ENTRIES = 4
+_SHORT_RUN, _SMALL_IMAGE = 6.0, 64
+"""Kernels of a channel with the same pattern, and output pixels, where AVX2 profits from larger tiles."""
 _LONG_RUN = 2.0
 """Kernels of a part with the same channel and pattern from which on the loop over them costs little."""
 _PAIRS_FROM, _PAIRS_FROM_WITH_SHORT_RUNS = (16, 17), 65
@@ -112,7 +115,7 @@ def estimate(layer: Layer, blocks: int) -> Choice:
         tile = taps_tile(layer)
         return Choice("taps", tile, _band(layer, tile), channel_block, group=1)
     by_channel = _by_channel(layer)
-    if by_channel and _suits_pairs(layer):
+    if by_channel and (instruction_set() == "avx2" or _suits_pairs(layer)):
         return by_channel[0]
     if by_channel and (max(layer.stride) > 1 or by_channel[-1].tile[1:] == layer.out_size):
         return by_channel[-1]  # "channels": few registers for the window of a stride, or a whole small image
@@ -246,13 +249,32 @@ def _loads_of_row(layer: Layer, columns: int, pixels: int) -> int:
 
 def _by_channel(layer: Layer) -> list[Choice]:
     """Return the likeliest ways to go through the kernels channel by channel, the best first."""
-    if instruction_set() != "avx512" or layer.spread != (1, 1) or layer.kernel_size == 1:
+    if instruction_set() == "portable" or layer.spread != (1, 1) or layer.kernel_size == 1:
         return []
     channels, patterns = max(1, layer.channels), len(layer.patterns)
+    if instruction_set() == "avx2":
+        return [Choice("channels", tile, 1, channels, patterns) for tile in _passing_tiles(layer)]
     return [
         *(Choice("channel_pairs", tile, 1, channels, patterns) for tile in _pair_tiles(layer)),
         *(Choice("channels", tile, 1, channels, patterns) for tile in _window_tiles(layer)[:1]),
     ]
+
+
+def _passing_tiles(layer: Layer) -> list[Tile]:
+    """Return the tiles of AVX2, whose registers hold the window of a pattern or let it pass by, the likeliest first.
+
+    Without a stride, 1 x 4 pixels have the smaller sums and window; where runs are short or images small, what 2 x 4
+    save in loops is worth more. With a stride pixels share no taps, and the smallest sums are best.
+    """
+    (height, width), run = layer.out_size, layer.filters * _density(layer) / len(layer.patterns)
+    if layer.entries > _PASSING_ENTRIES:
+        return []
+    sizes = [(1, 4), (2, 4), (2, 2)]
+    if max(layer.stride) > 1:
+        sizes = [(1, 2), (2, 4)]
+    elif run < _SHORT_RUN or height * width <= _SMALL_IMAGE:
+        sizes = [(2, 4), (1, 4), (2, 2)]
+    return [(1, r, c) for r, c in sizes if r <= height and c <= width] or [(1, 1, 1)]
 
 
 def _window_tiles(layer: Layer) -> list[Tile]:
