@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .optional import need, need_backend
+from .strips import StripConvolution
 from .workloads import Workload
 
 if TYPE_CHECKING:
@@ -78,8 +79,10 @@ class Case:
         return self._contender(lambda: backward(1), lambda dw: self.assignment.gather(cast(Tensor, dw)))
 
     def blocked(self, function: str) -> Contender:
-        """Return the sparse contender on blocked activations."""
+        """Return the sparse contender on blocked activations; they are strips where few images leave lanes empty."""
         backend, plan = self._backend, self.plan
+        if function == "forward" and self.workload.batch < backend.LANES:
+            return self._strips()
 
         def unpacked(y: object) -> Tensor:
             return backend.unpack(cast(Tensor, y), self.workload.batch)
@@ -89,6 +92,11 @@ class Case:
         if function == "grad_input":
             return self._contender(lambda: backend.grad_input_blocked(self.dyb, self.values, plan), unpacked)
         return self._contender(lambda: backend.grad_values_blocked(self.xb, self.dyb, plan))
+
+    def _strips(self) -> Contender:
+        convolution = StripConvolution(self.plan)
+        xs = convolution.pack(self.x)
+        return self._contender(lambda: convolution(xs, self.values), lambda ys: convolution.unpack(cast(Tensor, ys)))
 
     def nchw(self, function: str) -> Contender:
         """Return the sparse contender that packs and unpacks."""

@@ -84,6 +84,7 @@ class Convolution {
     if (p_.keeps_sums) return run_kept(tiles.tile(band, 0), begin, end);
     const int count = tiles.band_size(band);
     const TilePlace corner = tiles.tile(band, 0);
+    if (p_.grid_h) find_segments(corner);
     for (int cb = 0; cb < p_.channel_blocks; ++cb) {
       copy_window(corner, cb);
       for (int i = 0; i < count; ++i) {
@@ -111,6 +112,7 @@ class Convolution {
  private:
   // Compute filters of one tile whose sums stay in memory until all channels are done.
   void run_kept(const TilePlace& t, int begin, int end) {
+    if (p_.grid_h) find_segments(t);
     for (int cb = 0; cb < p_.channel_blocks; ++cb) {
       if (!p_.in_place) copy_window(t, cb);
       Sweep s = sweep_of(cb, 0, p_.in_place ? place(t, cb) : window_, sums_ - begin * tile_floats(p_), begin, end);
@@ -132,18 +134,18 @@ class Convolution {
   // Where the window of a tile lies in x; what is padding lies outside of its plane.
   const float* place(const TilePlace& t, int cb) const {
     const int64_t plane = int64_t(t.block) * p_.channels + int64_t(cb) * p_.channel_block;
-    const int64_t row = plane * p_.in_h + p_.start_h + t.top * p_.stride_h / p_.spread_h;
-    return x_ + (row * p_.in_w + p_.start_w + t.left * p_.stride_w / p_.spread_w) * kLanes;
+    return x_ + ((plane * p_.in_h + window_top(t)) * p_.in_w + window_left(t)) * kLanes;
   }
+
+  int window_top(const TilePlace& t) const { return p_.start_h + t.top * p_.stride_h / p_.spread_h; }
+  int window_left(const TilePlace& t) const { return p_.start_w + t.left * p_.stride_w / p_.spread_w; }
 
   void copy_window(const TilePlace& corner, int cb) {
     const int first = cb * p_.channel_block, last = std::min(first + p_.channel_block, p_.channels);
-    const int top = p_.start_h + corner.top * p_.stride_h / p_.spread_h;
-    const int left = p_.start_w + corner.left * p_.stride_w / p_.spread_w;
+    const int top = window_top(corner), left = window_left(corner);
     const int below = p_.tile_h * p_.stride_h / p_.spread_h;  // rows to the window of the tile below
     const int64_t row_floats = int64_t(p_.in_w) * kLanes, window_row = int64_t(p_.window_pitch) * kLanes;
     float* to = window_;
-    if (p_.grid_h) find_segments(top, left);
     for (int c = first; c < last; ++c)
       for (int b = 0; b < p_.tile_blocks; ++b) {
         const int block = std::min(corner.block + b, p_.blocks - 1);
@@ -175,8 +177,9 @@ class Convolution {
     const int32_t* lanes;  // null: its own; else of `neighbours`
   };
 
-  // Find the segments of a window; they are the same for all channels.
-  void find_segments(int top, int left) {
+  // Find the segments of a tile's window; they are the same for all channels.
+  void find_segments(const TilePlace& t) {
+    const int top = window_top(t), left = window_left(t);
     segments_.clear();
     for (int r = 0; r < p_.window_h; ++r) {
       const int down = floor_division(top + r, p_.in_h), row = top + r - down * p_.in_h;
@@ -190,11 +193,15 @@ class Convolution {
   }
 
   void copy_segments(const float* plane, float* window) const {
-    for (const Segment& s : segments_)
-      for (int i = 0; i < s.pixels * kLanes; i += kLanes) {
-        const Vec v = load(plane + s.from + i);
-        store(window + s.to + i, s.lanes ? __builtin_shuffle(v, Vec{}, (Shuffle)load((const float*)s.lanes)) : v);
-      }
+    for (const Segment& s : segments_) {
+      const float* from = plane + s.from;
+      float* to = window + s.to;
+      if (!s.lanes)
+        for (int i = 0; i < s.pixels * kLanes; i += kLanes) store(to + i, load(from + i));
+      else
+        for (int i = 0; i < s.pixels * kLanes; i += kLanes)
+          store(to + i, __builtin_shuffle(load(from + i), Vec{}, (Shuffle)load((const float*)s.lanes)));
+    }
   }
 
   // For each lane, the one that is so many strips away.

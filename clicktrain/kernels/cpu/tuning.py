@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import time
 from collections import Counter
@@ -31,6 +32,8 @@ CHANNEL_BLOCK = {"avx512": 128, "avx2": 64, "portable": 64}
 DENSE_CHANNEL_BLOCK, DENSE = 32, 0.6
 """Where a filter keeps many kernels of a block, its window should stay in the first-level cache; where it keeps few,
 longer lists pay more."""
+COPIED_BYTES = 1 << 13
+"""Of windows that sweeps by channel read, beside the sums."""
 BAND_PIXELS = 16
 LEARNT_RUNS = 1024
 ROUNDS = 5
@@ -251,13 +254,27 @@ def _by_channel(layer: Layer) -> list[Choice]:
     """Return the likeliest ways to go through the kernels channel by channel, the best first."""
     if instruction_set() == "portable" or layer.spread != (1, 1) or layer.kernel_size == 1:
         return []
-    channels, patterns = max(1, layer.channels), len(layer.patterns)
+
+    def choice(sweep: codegen.Sweep, tile: Tile) -> Choice:
+        return Choice(sweep, tile, 1, _channels_at_once(layer, tile), len(layer.patterns))
+
     if instruction_set() == "avx2":
-        return [Choice("channels", tile, 1, channels, patterns) for tile in _passing_tiles(layer)]
+        return [choice("channels", tile) for tile in _passing_tiles(layer)]
     return [
-        *(Choice("channel_pairs", tile, 1, channels, patterns) for tile in _pair_tiles(layer)),
-        *(Choice("channels", tile, 1, channels, patterns) for tile in _window_tiles(layer)[:1]),
+        *(choice("channel_pairs", tile) for tile in _pair_tiles(layer)),
+        *(choice("channels", tile) for tile in _window_tiles(layer)[:1]),
     ]
+
+
+def _channels_at_once(layer: Layer, tile: Tile) -> int:
+    """Return all channels, or, of windows that are copied, so many that they stay in the first-level cache.
+
+    Under AVX-512 only all at once has been measured.
+    """
+    if layer.in_place or instruction_set() == "avx512":
+        return max(1, layer.channels)
+    pixels = math.prod((size - 1) * step + layer.kernel_size for size, step in zip(tile[1:], layer.stride, strict=True))
+    return max(1, min(layer.channels, COPIED_BYTES // (4 * codegen.LANES * pixels)))
 
 
 def _passing_tiles(layer: Layer) -> list[Tile]:
