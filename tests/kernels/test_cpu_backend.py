@@ -321,3 +321,16 @@ def test_pairs_of_pixels_where_registers_are_wide_or_nothing_is_wasted(
     monkeypatch.setattr(passes, "cache_bytes", lambda level: 32768)
     made = Case(official_pool(pool), filters, 16, 16, (size, size), (stride,) * 2, (1, 1), 0.3, seed=0).plan()
     assert tuning.estimate(Layer.forward(made), 2).sweep == sweep
+
+
+@pytest.mark.parametrize(("instruction_set", "in_place", "channels"), [
+    ("avx2", True, 500), ("avx2", False, 10), ("avx512", False, 500),
+])  # fmt: skip
+def test_copied_windows_stay_in_the_first_level_cache(
+    monkeypatch: pytest.MonkeyPatch, instruction_set: str, in_place: bool, channels: int
+) -> None:
+    monkeypatch.setattr(tuning, "instruction_set", lambda: instruction_set)
+    monkeypatch.setattr(tuning, "wide_registers", lambda: True)
+    made = Case(SQUARES, 16, 500, 16, (12, 12), (1, 1), (1, 1), 0.3, seed=0).plan()
+    choice = tuning.estimate(replace(Layer.forward(made), in_place=in_place), 2)
+    assert (choice.tile, choice.channel_block) == ((1, 2, 4), channels)
