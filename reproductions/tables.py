@@ -14,6 +14,7 @@ from reproductions.claims import CLAIMS, Claim
 from reproductions.preset import MethodRow
 from reproductions.store import Study
 from reproductions.summary import MethodSummary, StoredRow, evidence_studies, stored_evidence, summarize
+from reproductions.verdicts import NOT_EXCLUSIVE
 from reproductions.wording import MISSING, interval, measured, published, spread
 
 BEGIN = "<!-- results: begin (python -m reproductions tables --write) -->"
@@ -61,7 +62,7 @@ def write(path: Path) -> None:
 
 
 def claims_table() -> str:
-    """Return the verdict of the largest study on each claim, and which claims no evidence is about yet."""
+    """Return the verdicts of the largest study that may decide on each claim, and which claims lack evidence."""
     stored = stored_evidence()
     rows = [_claim_row(row) for claim in CLAIMS for row in _strongest(stored.get(claim.id, []))]
     table = _table(("claim", "method", "published", "measured", "verdict", "evidence"), rows)
@@ -70,8 +71,12 @@ def claims_table() -> str:
 
 
 def _strongest(rows: Sequence[StoredRow]) -> list[StoredRow]:
-    """Return the rows of the source with the most runs."""
-    sizes = {row.source: row.verdict.estimate.n for row in rows if row.verdict.estimate is not None}
+    """Return the rows of the source with the most runs, of one that may decide if there is any."""
+    sizes = {
+        row.source: (row.verdict.word != NOT_EXCLUSIVE, row.verdict.estimate.n)
+        for row in rows
+        if row.verdict.estimate is not None
+    }
     best = max(sizes, key=lambda source: sizes[source]) if sizes else None
     return [row for row in rows if row.source == best]
 

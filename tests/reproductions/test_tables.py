@@ -5,7 +5,10 @@ import pytest
 
 from clicktrain.errors import ConfigError
 from reproductions import arithmetic, gpu_tables, paths, retained, tables
-from reproductions.claims import CLAIMS
+from reproductions.claims import BY_ID, CLAIMS
+from reproductions.stats import Estimate
+from reproductions.summary import StoredRow
+from reproductions.verdicts import EXCEEDED, NOT_EXCLUSIVE, NOT_REPRODUCED, Verdict
 from tests.helpers.studies import make_study
 
 
@@ -134,3 +137,14 @@ def test_the_gpu_report_becomes_three_tables(tmp_path: Path, monkeypatch: pytest
     assert deployed[2] == [("1", "0.500", "2", "3.00x", "1e-06")]
     (tmp_path / "gpu.json").write_text(json.dumps(report | {"training": [], "deployment": []}))
     assert len(gpu_tables.stored()) == 1
+
+
+def test_a_study_that_may_not_decide_stands_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def row(source: str, word: str, n: int) -> StoredRow:
+        return StoredRow(source, "ours", BY_ID["fast-time"], Verdict(word, Estimate(0.8, 0.7, 0.9, 0.1, n)))
+
+    shared, alone, small = row("shared", NOT_EXCLUSIVE, 8), row("alone", NOT_REPRODUCED, 5), row("small", EXCEEDED, 3)
+    for rows, shown in (([shared, alone, small], "alone"), ([shared], "shared")):
+        monkeypatch.setattr(tables, "stored_evidence", lambda rows=rows: {"fast-time": rows})
+        lines = [line for line in tables.claims_table().splitlines() if line.startswith("| Sparse training is faster")]
+        assert [line.split(" | ")[-1].strip(" |") for line in lines] == [shown]
