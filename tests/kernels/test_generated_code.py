@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -25,8 +24,6 @@ SHAPES = (
 
 def compile_only(text: str, tmp_path: Path) -> None:
     """Let g++ check a translation unit, whatever this machine can run."""
-    if shutil.which("g++") is None:
-        pytest.skip("no g++")
     unit = tmp_path / "unit.cpp"
     unit.write_text(text)
     command = ["g++", *codegen.FLAGS, "-Werror", "-fsyntax-only", "-I", str(Path(library.__file__).parent), str(unit)]
