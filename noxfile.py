@@ -36,7 +36,7 @@ def reproduce(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Check style and types, and run all tests that need no GPU (about 9 minutes on 2 cores)."""
+    """Check style and types, and run all tests that need no GPU (9 to 20 minutes on 2 cores)."""
     install(session, "dev")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")

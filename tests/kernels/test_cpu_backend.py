@@ -334,3 +334,19 @@ def test_copied_windows_stay_in_the_first_level_cache(
     made = Case(SQUARES, 16, 500, 16, (12, 12), (1, 1), (1, 1), 0.3, seed=0).plan()
     choice = tuning.estimate(replace(Layer.forward(made), in_place=in_place), 2)
     assert (choice.tile, choice.channel_block) == ((1, 2, 4), channels)
+
+
+@pytest.mark.parametrize(("instruction_set", "wide", "stride", "sweep", "channels"), [
+    ("avx2", False, 1, "filters", 128), ("avx512", False, 1, "taps", 128), ("avx512", True, 1, "filter_pairs", 128),
+    ("portable", False, 1, "taps", 64), ("avx2", False, 2, "filters", 128),
+])  # fmt: skip
+def test_1x1_convolutions_are_specialised_where_that_was_faster(
+    monkeypatch: pytest.MonkeyPatch, instruction_set: str, wide: bool, stride: int, sweep: str, channels: int
+) -> None:
+    monkeypatch.setattr(tuning, "instruction_set", lambda: instruction_set)
+    monkeypatch.setattr(tuning, "wide_registers", lambda: wide)
+    made = Case(full_pool(1), 16, 500, 16, (12, 12), (stride,) * 2, (0, 0), 0.3, seed=0).plan()
+    choice = tuning.estimate(Layer.forward(made), 2)
+    assert (choice.sweep, choice.channel_block) == (sweep, channels)
+    if stride > 1 and instruction_set == "avx2":
+        assert tuning.estimate(Layer.transposed(made), 2).sweep == "taps"  # pixels without any tap: not measured

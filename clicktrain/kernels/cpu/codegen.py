@@ -357,12 +357,10 @@ def _finish(spec: SweepSpec, shape: TileShape) -> list[str]:
 def _finish_pooled(loop: str, spec: SweepSpec, shape: TileShape) -> list[str]:
     lines = ["    if (s->max_pool) {", f"      {loop} {{"]
     for r, c in product(range(0, shape.rows, 2), range(0, shape.columns, 2)):
-        corners = product((r, r + 1), (c, c + 1))
-        a, b, c_, d = (f"load(sums + {_sum_offset(corner, spec)})" for corner in corners)
-        lines += [
-            f"        {{ const Vec v = larger(larger({a}, {b}), larger({c_}, {d}));",
-            f"          store(out + {r // 2} * s->out_row + {c // 2 * LANES}, s->relu ? relu(v) : v); }}",
-        ]
+        corners = [f"load(sums + {_sum_offset(corner, spec)})" for corner in product((r, r + 1), (c, c + 1))]
+        largest = "larger(larger({}, {}), larger({}, {}))".format(*corners)
+        place = f"out + {r // 2} * s->out_row + {c // 2 * LANES}"
+        lines.append(f"        {{ const Vec v = {largest}; store({place}, s->relu ? relu(v) : v); }}")
     return [*lines, "      }", "      return;", "    }"]
 
 

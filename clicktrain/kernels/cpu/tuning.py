@@ -29,6 +29,8 @@ from clicktrain.kernels.cpu.library import function, instruction_set, wide_regis
 from clicktrain.kernels.cpu.passes import MOST_CHANNELS, Choice, cuts, filters_at_once, prepare, streams, taps_tile
 
 CHANNEL_BLOCK = {"avx512": 128, "avx2": 64, "portable": 64}
+POINTWISE_CHANNEL_BLOCK = 128
+"""Of sparse 1x1 layers under AVX2: a kernel of one weight is so little work that sums should seldom be loaded."""
 DENSE_CHANNEL_BLOCK, DENSE = 32, 0.6
 """Where a filter keeps many kernels of a block, its window should stay in the first-level cache; where it keeps few,
 longer lists pay more."""
@@ -37,7 +39,7 @@ COPIED_BYTES = 1 << 13
 BAND_PIXELS = 16
 LEARNT_RUNS = 1024
 ROUNDS = 5
-VERSION = 4
+VERSION = 5
 """Of the candidates: choices on disk are of one version of these and of the C++ sources."""
 _FMA_LATENCY = 4
 _SUMS = {"avx512": 24, "avx2": 10, "portable": 8}
@@ -114,7 +116,7 @@ def fingerprint(layer: Layer, blocks: int) -> str:
 def estimate(layer: Layer, blocks: int) -> Choice:
     """Return a good way to cut up a pass, without measuring."""
     channel_block = _channel_block(layer)
-    if len(layer.patterns) > codegen.MAX_PATTERNS or (layer.kernel_size == 1 and not _holds_pairs(layer)):
+    if len(layer.patterns) > codegen.MAX_PATTERNS or (layer.kernel_size == 1 and not _gains_from_code(layer)):
         tile = taps_tile(layer)
         return Choice("taps", tile, _band(layer, tile), channel_block, group=1)
     by_channel = _by_channel(layer)
@@ -199,8 +201,17 @@ def _write(key: str, choice: Choice) -> None:
         return  # measured again next time
 
 
+def _gains_from_code(layer: Layer) -> bool:
+    """Tell whether 1x1 convolutions, where no load is shared, are faster specialised than generic."""
+    return _holds_pairs(layer) or (instruction_set() == "avx2" and layer.spread == (1, 1))
+
+
 def _channel_block(layer: Layer) -> int:
-    block = DENSE_CHANNEL_BLOCK if _density(layer) > DENSE else CHANNEL_BLOCK[instruction_set()]
+    block = CHANNEL_BLOCK[instruction_set()]
+    if _density(layer) > DENSE:
+        block = DENSE_CHANNEL_BLOCK
+    elif layer.kernel_size == 1 and instruction_set() == "avx2":
+        block = POINTWISE_CHANNEL_BLOCK
     return max(1, min(block, layer.channels))
 
 
