@@ -92,23 +92,33 @@ def layer_on(layer: Layer, forms: Windowed) -> Layer:
     """Return the layer that computes on these forms; on strips its input is what a strip reads, without padding."""
     if forms.target.grid == IMAGES:
         return layer
-    reads = tuple(
-        (size - 1) * step + layer.kernel_size for size, step in zip(forms.target.size, layer.stride, strict=True)
-    )
-    return replace(layer, out_size=forms.target.size, in_size=(reads[0], reads[1]), padding=(0, 0), in_place=False)
+    read = forms.source.size if _stays_inside(layer, forms) else _read(layer, forms)
+    return replace(layer, out_size=forms.target.size, in_size=read, padding=(0, 0))
 
 
 def prepare_on(layer: Layer, forms: Windowed, images: int, choice: Choice) -> Prepared:
     """Lay out a convolution pass on these forms; `layer` is the whole one."""
     made = prepare(layer_on(layer, forms), forms.target.blocks(images), choice, short_chains=True)
-    if forms.target.grid != IMAGES:
+    if forms.target.grid != IMAGES and not _stays_inside(layer, forms):
         structure = made.structure
-        structure.start_h -= layer.padding[0]
-        structure.start_w -= layer.padding[1]
-        structure.in_h, structure.in_w = forms.source.size
         structure.grid_h, structure.grid_w = forms.source.grid
+        structure.strip_h, structure.strip_w = forms.source.size
+        structure.before_h, structure.before_w = layer.padding
         made.add("neighbours", neighbours(forms.source.grid))
     return made
+
+
+def _read(layer: Layer, forms: Windowed) -> Pair:
+    """Return the rows and columns that a convolution reads for a strip of its result."""
+    sizes = zip(forms.target.size, layer.stride, strict=True)
+    height, width = ((size - 1) * step + layer.kernel_size for size, step in sizes)
+    return height, width
+
+
+def _stays_inside(layer: Layer, forms: Windowed) -> bool:
+    """Tell whether a convolution reads nothing around a strip of its operand."""
+    read, own = _read(layer, forms), forms.source.size
+    return layer.padding == (0, 0) and read[0] <= own[0] and read[1] <= own[1]
 
 
 @cache

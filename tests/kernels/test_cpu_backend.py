@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -122,8 +122,7 @@ def test_channel_by_channel_gives_the_bits_of_one_channel_to_a_block(
                 max(layer.spread) > 1 or tile[2] % 2 or library.instruction_set() != "avx512"
             ):
                 continue
-            for in_place in (True, False):
-                assert torch.equal(convolve(replace(layer, in_place=in_place), 3, choice, source, values), want), choice
+            assert torch.equal(convolve(layer, 3, choice, source, values), want), choice
 
 
 @pytest.mark.parametrize("name", library.INSTRUCTION_SETS)
@@ -323,17 +322,15 @@ def test_pairs_of_pixels_where_registers_are_wide_or_nothing_is_wasted(
     assert tuning.estimate(Layer.forward(made), 2).sweep == sweep
 
 
-@pytest.mark.parametrize(("instruction_set", "in_place", "channels"), [
-    ("avx2", True, 500), ("avx2", False, 10), ("avx512", False, 500),
+@pytest.mark.parametrize(("size", "tile"), [
+    ((1, 1), (1, 1)), ((1, 2), (1, 2)), ((3, 1), (2, 1)), ((2, 3), (2, 2)), ((1, 9), (1, 4)), ((9, 9), (2, 4)),
 ])  # fmt: skip
-def test_copied_windows_stay_in_the_first_level_cache(
-    monkeypatch: pytest.MonkeyPatch, instruction_set: str, in_place: bool, channels: int
+def test_small_outputs_are_one_tile_where_a_tile_can_be_as_large(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], tile: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr(tuning, "instruction_set", lambda: instruction_set)
-    monkeypatch.setattr(tuning, "wide_registers", lambda: True)
-    made = Case(SQUARES, 16, 500, 16, (12, 12), (1, 1), (1, 1), 0.3, seed=0).plan()
-    choice = tuning.estimate(replace(Layer.forward(made), in_place=in_place), 2)
-    assert (choice.tile, choice.channel_block) == ((1, 2, 4), channels)
+    monkeypatch.setattr(tuning, "instruction_set", lambda: "avx2")
+    made = Case(SQUARES, 16, 16, 16, size, (1, 1), (1, 1), 0.3, seed=0).plan()
+    assert tuning.estimate(Layer.forward(made), 2).tile == (1, *tile)
 
 
 @pytest.mark.parametrize(("instruction_set", "wide", "stride", "sweep", "channels"), [

@@ -58,8 +58,8 @@ struct Pass {
   int32_t part_runs, list_runs;    // entries of `runs` for a part, and for all parts of a channel block and group
   int32_t streaming;               // outputs are too large for the caches, and tiles fill whole cache lines
   int32_t whole_tiles;             // sweeps write whole tiles, also where they stick out of the output
-  int32_t keeps_sums;              // sweeps are by channel: they keep sums in memory until all channels are done
-  int32_t in_place;                // sweeps read x itself, not a copy of its window
+  int32_t keeps_sums;              // sweeps are by channel: they keep sums in memory until all channels are done, and
+                                   // read the input itself, not a copy of its window
   int32_t max_pool;                // of 2 x 2 finished outputs only the largest is written: y is half as high and wide;
                                    // sums are kept, tiles start and end at even pixels, nothing is added to the sums
   int64_t records;
@@ -69,9 +69,11 @@ struct Pass {
   const int32_t* offsets;          // [records]
   const int32_t* gather;           // [records] where the weights of a record start in the canonical values
   const SweepFunction* sweeps;     // [groups][tiles along blocks][along rows][along columns]
-  // Where the lanes are strips of an image that hold no copy of their neighbours' pixels, a window gets those from
-  // the other lanes. in_h and in_w then are the strip's, and start_h, start_w count from its corner.
+  // Where the lanes of x are strips of an image that hold no copy of their neighbours' pixels, the pass makes wide
+  // strips, of in_h x in_w pixels, which do, and reads those.
   int32_t grid_h, grid_w;          // strips per image; 0: none of this
+  int32_t strip_h, strip_w;        // pixels of a strip of x
+  int32_t before_h, before_w;      // rows and columns of a wide strip that come before those of x
   const int32_t* neighbours;       // [-grid_h .. grid_h][-grid_w .. grid_w][8] the lane so many strips away; 8: none
 };
 

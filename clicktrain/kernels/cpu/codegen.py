@@ -96,10 +96,9 @@ class SweepSpec:
     """A pool of patterns and the geometry of a pass, as far as the code depends on them.
 
     Output pixel r and tap k of an axis meet in window pixel (r * stride + k + origin) / spread, if that is whole.
-    Of sweeps by channel, `window_rows` and `window_pitch` are the rows of a channel and the pixels of a row where the
-    sweep reads: of the input itself, or of a copied window. With more than one chain, the taps of a pixel take turns
-    at so many sums, which are added in the end: a small tile then does not wait for each multiply-add, but the order
-    of its sums is another.
+    Of sweeps by channel, `window_rows` and `window_pitch` are the rows of a channel and the pixels of a row of the
+    input itself. With more than one chain, the taps of a pixel take turns at so many sums, which are added in the end:
+    a small tile then does not wait for each multiply-add, but the order of its sums is another.
     """
 
     sweep: Sweep
@@ -335,7 +334,8 @@ def _add_passing(used: Uses, spec: SweepSpec, shape: TileShape) -> list[str]:
     ]
     for pixel in sorted(uses):
         pin = " pin(x);" if len(uses[pixel]) > 1 else ""
-        additions = " ".join(f"{total} += w{entry} * x;" for entry, total in sorted(uses[pixel]))
+        # The sum of which this is the first tap comes last: its multiply-add may overwrite x and load the sum.
+        additions = " ".join(f"{total} += w{entry} * x;" for entry, total in sorted(uses[pixel], reverse=True))
         lines.append(f"      {{ {register.name} x = {_load(0, pixel, spec, shape)};{pin} {additions} }}")
     return [*lines, *(f"      store(sums + {offset}, {total});" for total, offset in sums)]
 

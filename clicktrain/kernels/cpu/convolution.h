@@ -2,13 +2,15 @@
 //
 // An item is one tile of output pixels (and, when there are few tiles, a part of the filters). For each block of
 // input channels the tile's window is copied to thread-local memory: there its rows have a fixed width and the
-// padding is real zeros, so that a sweep meets no branch and no stride. Then all filters sweep the window. Sums
-// wait in thread-local memory between channel blocks; the last block writes to y.
+// padding is real zeros, so that a sweep meets no branch and no stride. Then all filters sweep the window. Sums wait
+// in thread-local memory between channel blocks; the last block writes to y. (Sweeps by channel read a window only
+// once, and therefore where it is.)
 //
 // Each output is summed by one thread in the order of the plan, whatever the number of threads and items.
 #pragma once
 
 #include "lanes.h"
+#include "wide_strips.h"
 
 namespace CLICKTRAIN_ISA {
 
@@ -59,8 +61,6 @@ class Tiles {
   Cuts blocks_, rows_, columns_, bands_;
 };
 
-inline int floor_division(int a, int b) { return (a >= 0 ? a : a - b + 1) / b; }
-
 // Copy `count` pixels of an input row, starting at column `from`; columns outside [0, width) become zero.
 CLICKTRAIN_INLINE void copy_row(const float* row, int from, int width, int count, float* to) {
   const int begin = std::min(count, std::max(0, -from)), end = std::max(begin, std::min(count, width - from));
@@ -73,18 +73,20 @@ CLICKTRAIN_INLINE void copy_row(const float* row, int from, int width, int count
 class Convolution {
  public:
   // Floats of scratch.
-  static size_t floats(const Pass& p) { return window_floats(p) + size_t(p.part) * p.band * tile_floats(p); }
+  static size_t floats(const Pass& p) {
+    return WideStrips::floats(p) + window_floats(p) + size_t(p.part) * p.band * tile_floats(p);
+  }
 
   Convolution(const Pass& p, const float* x, const float* weights, const Epilogue& epilogue, float* y, float* scratch)
-      : p_(p), epilogue_(epilogue), x_(x), weights_(weights), y_(y), window_(scratch),
-        sums_(scratch + window_floats(p)) {}
+      : p_(p), epilogue_(epilogue), wide_(p, x, scratch), x_(x), weights_(weights), y_(y),
+        window_(scratch + WideStrips::floats(p)), sums_(window_ + window_floats(p)) {}
 
   // Compute filters [begin, end) of the tiles of a band.
   void run(const Tiles& tiles, int64_t band, int begin, int end) {
-    if (p_.keeps_sums) return run_kept(tiles.tile(band, 0), begin, end);
-    const int count = tiles.band_size(band);
     const TilePlace corner = tiles.tile(band, 0);
-    if (p_.grid_h) find_segments(corner);
+    if (p_.grid_h) read_wide_strips(corner);
+    if (p_.keeps_sums) return run_kept(corner, begin, end);
+    const int count = tiles.band_size(band);
     for (int cb = 0; cb < p_.channel_blocks; ++cb) {
       copy_window(corner, cb);
       for (int i = 0; i < count; ++i) {
@@ -112,17 +114,15 @@ class Convolution {
  private:
   // Compute filters of one tile whose sums stay in memory until all channels are done.
   void run_kept(const TilePlace& t, int begin, int end) {
-    if (p_.grid_h) find_segments(t);
     for (int cb = 0; cb < p_.channel_blocks; ++cb) {
-      if (!p_.in_place) copy_window(t, cb);
-      Sweep s = sweep_of(cb, 0, p_.in_place ? place(t, cb) : window_, sums_ - begin * tile_floats(p_), begin, end);
+      Sweep s = sweep_of(cb, 0, place(t, cb), sums_ - begin * tile_floats(p_), begin, end);
       if (cb == p_.channel_blocks - 1) finish_to_output(s, t, begin);
       p_.sweeps[t.number](&s);
     }
   }
 
   static size_t window_floats(const Pass& p) {
-    return p.in_place ? 0 : size_t(p.channel_block) * p.tile_blocks * p.window_h * p.window_pitch * kLanes;
+    return p.keeps_sums ? 0 : size_t(p.channel_block) * p.tile_blocks * p.window_h * p.window_pitch * kLanes;
   }
   static int64_t tile_floats(const Pass& p) { return int64_t(p.tile_blocks) * p.tile_h * p.tile_w * kLanes; }
 
@@ -133,8 +133,15 @@ class Convolution {
 
   // Where the window of a tile lies in x; what is padding lies outside of its plane.
   const float* place(const TilePlace& t, int cb) const {
-    const int64_t plane = int64_t(t.block) * p_.channels + int64_t(cb) * p_.channel_block;
+    const int64_t plane = int64_t(t.block - first_block_) * p_.channels + int64_t(cb) * p_.channel_block;
     return x_ + ((plane * p_.in_h + window_top(t)) * p_.in_w + window_left(t)) * kLanes;
+  }
+
+  // Let wide strips take the place of x.
+  void read_wide_strips(const TilePlace& t) {
+    const int top = window_top(t);
+    x_ = wide_.rows(t.block, t.blocks, top, top + p_.window_h);
+    first_block_ = t.block;
   }
 
   int window_top(const TilePlace& t) const { return p_.start_h + t.top * p_.stride_h / p_.spread_h; }
@@ -149,12 +156,7 @@ class Convolution {
     for (int c = first; c < last; ++c)
       for (int b = 0; b < p_.tile_blocks; ++b) {
         const int block = std::min(corner.block + b, p_.blocks - 1);
-        const float* plane = x_ + (int64_t(block) * p_.channels + c) * p_.in_h * row_floats;
-        if (p_.grid_h) {
-          copy_segments(plane, to);
-          to += p_.window_h * window_row;
-          continue;
-        }
+        const float* plane = x_ + (int64_t(block - first_block_) * p_.channels + c) * p_.in_h * row_floats;
         for (int row = top; row < top + p_.window_h; ++row, to += window_row) {
           if (row < 0 || row >= p_.in_h)
             copy_row(plane, 0, 0, p_.window_w, to);
@@ -168,47 +170,6 @@ class Convolution {
   // Bring a row of a window to the second-level cache.
   void fetch_ahead(const float* row) const {
     for (int i = 0; i < p_.window_w; i += 2) __builtin_prefetch(row + i * kLanes, 0, 2);
-  }
-
-  // Pixels of a row of a window on strips that come from the same strip.
-  struct Segment {
-    int64_t from, to;  // floats from the start of the plane and of the window
-    int pixels;
-    const int32_t* lanes;  // null: its own; else of `neighbours`
-  };
-
-  // Find the segments of a tile's window; they are the same for all channels.
-  void find_segments(const TilePlace& t) {
-    const int top = window_top(t), left = window_left(t);
-    segments_.clear();
-    for (int r = 0; r < p_.window_h; ++r) {
-      const int down = floor_division(top + r, p_.in_h), row = top + r - down * p_.in_h;
-      for (int i = 0, pixels; i < p_.window_w; i += pixels) {
-        const int right = floor_division(left + i, p_.in_w), column = left + i - right * p_.in_w;
-        pixels = std::min(p_.in_w - column, p_.window_w - i);
-        segments_.push_back({(int64_t(row) * p_.in_w + column) * kLanes, (int64_t(r) * p_.window_pitch + i) * kLanes,
-                             pixels, down || right ? neighbours(down, right) : nullptr});
-      }
-    }
-  }
-
-  void copy_segments(const float* plane, float* window) const {
-    for (const Segment& s : segments_) {
-      const float* from = plane + s.from;
-      float* to = window + s.to;
-      if (!s.lanes)
-        for (int i = 0; i < s.pixels * kLanes; i += kLanes) store(to + i, load(from + i));
-      else
-        for (int i = 0; i < s.pixels * kLanes; i += kLanes)
-          store(to + i, __builtin_shuffle(load(from + i), Vec{}, (Shuffle)load((const float*)s.lanes)));
-    }
-  }
-
-  // For each lane, the one that is so many strips away.
-  const int32_t* neighbours(int down, int right) const {
-    const int row = std::max(-p_.grid_h, std::min(p_.grid_h, down)) + p_.grid_h;
-    const int column = std::max(-p_.grid_w, std::min(p_.grid_w, right)) + p_.grid_w;
-    return p_.neighbours + (row * (2 * p_.grid_w + 1) + column) * kLanes;
   }
 
   // The call for one list of records (channel block and group) and one phase, with the sums in scratch.
@@ -297,9 +258,11 @@ class Convolution {
 
   const Pass& p_;
   const Epilogue epilogue_;
-  const float *x_, *weights_;
+  WideStrips wide_;
+  const float* x_;  // from first_block_ on
+  int first_block_ = 0;
+  const float* weights_;
   float *y_, *window_, *sums_;
-  std::vector<Segment> segments_;
 };
 
 // Bring the values into the order in which the sweeps read them.

@@ -61,8 +61,6 @@ class Layer:
     stride: Pair
     spread: Pair
     padding: Pair
-    in_place: bool = True
-    """A sweep may read the input where it is; not so where its lanes take pixels from one another."""
 
     @classmethod
     def forward(cls, plan: Plan) -> Layer:

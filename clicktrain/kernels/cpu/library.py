@@ -27,11 +27,11 @@ class Pass(ctypes.Structure):
             "band", "window_h", "window_w", "window_pitch", "start_h", "start_w", "stride_h", "stride_w",
             "spread_h", "spread_w", "phases", "groups", "channel_block", "channel_blocks", "part", "record_weights",
             "reversed", "part_runs", "list_runs", "streaming", "whole_tiles", "keeps_sums",
-            "in_place", "max_pool",
+            "max_pool",
         )),
         ("records", _i64),
         *((name, _pointer) for name in ("order", "starts", "runs", "offsets", "gather", "sweeps")),
-        *((name, _i32) for name in ("grid_h", "grid_w")),
+        *((name, _i32) for name in ("grid_h", "grid_w", "strip_h", "strip_w", "before_h", "before_w")),
         ("neighbours", _pointer),
     )  # fmt: skip
 

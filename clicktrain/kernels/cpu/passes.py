@@ -234,7 +234,6 @@ def _prepare_channels(layer: Layer, blocks: int, choice: Choice) -> Prepared:
     starts = np.zeros((structure.channel_blocks, layer.filters + 1), np.int64)
     starts[:, : -1 : structure.part] = (np.cumsum(of_items) - of_items).reshape(-1, parts)
     structure.phases = structure.groups = structure.keeps_sums = 1
-    structure.in_place = layer.in_place
     structure.record_weights, structure.reversed, structure.records = layer.entries, layer.reversed, len(run)
     structure.part_runs, structure.list_runs = math.prod(shape[1:]), parts * math.prod(shape[1:])
     return Prepared(structure, {
@@ -243,7 +242,7 @@ def _prepare_channels(layer: Layer, blocks: int, choice: Choice) -> Prepared:
         "runs": runs.astype(np.uint16),
         "offsets": (kernels.filters * sums).astype(np.int32),
         "gather": (kernels.numbers * layer.entries).astype(np.int32),
-        "sweeps": _specialised_sweeps(layer, blocks, choice, window, 1, layer.in_size if layer.in_place else None),
+        "sweeps": _specialised_sweeps(layer, blocks, choice, window, 1, layer.in_size),
     })  # fmt: skip
 
 
@@ -355,7 +354,7 @@ def _specialised_sweeps(
 ) -> NDArray[np.uint64]:
     """Return the address of the sweep of each group and tile, compiled if need be.
 
-    `planes`: rows of a channel and pixels of a row where the sweeps read, if that is not a copied window.
+    `planes`: rows of a channel and pixels of a row where the sweeps read, if that is the input itself.
     """
     shapes = tile_shapes(layer, blocks, choice, window)
     distinct = tuple(sorted(set(shapes), key=str))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import platform
 import time
 from collections import Counter
@@ -34,12 +33,10 @@ POINTWISE_CHANNEL_BLOCK = 128
 DENSE_CHANNEL_BLOCK, DENSE = 32, 0.6
 """Where a filter keeps many kernels of a block, its window should stay in the first-level cache; where it keeps few,
 longer lists pay more."""
-COPIED_BYTES = 1 << 13
-"""Of windows that sweeps by channel read, beside the sums."""
 BAND_PIXELS = 16
 LEARNT_RUNS = 1024
 ROUNDS = 5
-VERSION = 5
+VERSION = 6
 """Of the candidates: choices on disk are of one version of these and of the C++ sources."""
 _FMA_LATENCY = 4
 _SUMS = {"avx512": 24, "avx2": 10, "portable": 8}
@@ -108,7 +105,7 @@ def fingerprint(layer: Layer, blocks: int) -> str:
     """Return a name for all passes that are cut up alike: their geometry, their patterns and how much they keep."""
     facts = (
         layer.filters, layer.channels, len(layer.kernels.filters), layer.patterns, layer.kernel_size, layer.in_size,
-        layer.out_size, layer.stride, layer.spread, layer.padding, layer.in_place, blocks, instruction_set(),
+        layer.out_size, layer.stride, layer.spread, layer.padding, blocks, instruction_set(),
     )  # fmt: skip
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 
@@ -137,7 +134,7 @@ def candidates(layer: Layer, blocks: int) -> list[Choice]:
         found += _by_channel(layer)
         tile = taps_tile(layer)
         found.append(Choice("taps", tile, _band(layer, tile), _channel_block(layer), group=1))
-    if not codegen.goes_by_channel(first.sweep) or not layer.in_place:  # in place, no window is copied block by block
+    if not codegen.goes_by_channel(first.sweep):  # those copy no window block by block
         found += [replace(first, channel_block=c) for c in (32, 128) if c < layer.channels]
     return list(dict.fromkeys(found))
 
@@ -267,7 +264,7 @@ def _by_channel(layer: Layer) -> list[Choice]:
         return []
 
     def choice(sweep: codegen.Sweep, tile: Tile) -> Choice:
-        return Choice(sweep, tile, 1, _channels_at_once(layer, tile), len(layer.patterns))
+        return Choice(sweep, tile, 1, max(1, layer.channels), len(layer.patterns))
 
     if instruction_set() == "avx2":
         return [choice("channels", tile) for tile in _passing_tiles(layer)]
@@ -275,17 +272,6 @@ def _by_channel(layer: Layer) -> list[Choice]:
         *(choice("channel_pairs", tile) for tile in _pair_tiles(layer)),
         *(choice("channels", tile) for tile in _window_tiles(layer)[:1]),
     ]
-
-
-def _channels_at_once(layer: Layer, tile: Tile) -> int:
-    """Return all channels, or, of windows that are copied, so many that they stay in the first-level cache.
-
-    Under AVX-512 only all at once has been measured.
-    """
-    if layer.in_place or instruction_set() == "avx512":
-        return max(1, layer.channels)
-    pixels = math.prod((size - 1) * step + layer.kernel_size for size, step in zip(tile[1:], layer.stride, strict=True))
-    return max(1, min(layer.channels, COPIED_BYTES // (4 * codegen.LANES * pixels)))
 
 
 def _passing_tiles(layer: Layer) -> list[Tile]:
@@ -302,7 +288,7 @@ def _passing_tiles(layer: Layer) -> list[Tile]:
         sizes = [(1, 2), (2, 4)]
     elif run < _SHORT_RUN or height * width <= _SMALL_IMAGE:
         sizes = [(2, 4), (1, 4), (2, 2)]
-    return [(1, r, c) for r, c in sizes if r <= height and c <= width] or [(1, 1, 1)]
+    return [(1, r, c) for r, c in sizes if r <= height and c <= width] or [(1, min(2, height), min(4, width))]
 
 
 def _window_tiles(layer: Layer) -> list[Tile]:
