@@ -44,6 +44,16 @@ more = [
 for case in [*CASES.values(), *more]:
     want, got = expected(*case.operands()), run(case)
     assert all(relative_error(got[name], want[name]) < 1e-5 for name in want), case
+
+from torch import nn
+from clicktrain import deploy
+
+torch.set_grad_enabled(False)
+for images, size, kernel_size, stride, padding in [  # strips of images, widened
+    (1, (13, 10), 3, 1, 1), (3, (9, 17), 3, 2, 1), (2, (5, 4), 5, 1, 2), (1, (8, 8), 1, 2, 0), (1, (3, 2), 3, 1, 2),
+]:
+    conv, x = nn.Conv2d(70, 18, kernel_size, stride, padding).eval(), torch.randn(images, 70, *size)
+    assert relative_error(deploy.compile(conv, x)(x), conv(x)) < 1e-5, (images, size)
 print("clean")
 """
 
