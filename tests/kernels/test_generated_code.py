@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from clicktrain.kernels.cpu import accumulators, codegen, library
+from clicktrain.kernels.cpu import accumulators, codegen, library, sweeps
 from clicktrain.kernels.cpu.accumulators import AccumulatorSpec, by_register, merged, taps_by_pixel
 from clicktrain.kernels.cpu.codegen import SweepSpec, TileShape
 from clicktrain.patterns import official_pool
@@ -37,7 +37,7 @@ def test_sweeps_compile_for_every_instruction_set(sweep: codegen.Sweep, instruct
     if codegen.pixels_of(sweep) == 2 and instruction_set != "avx512":
         return  # the others have no registers for pairs, and nothing asks for them
     spec = SweepSpec(sweep, instruction_set, 3, PATTERNS, len(PATTERNS), (1, 1), (1, 1), (0, 0), 4, 6, (1, 2, 4))
-    compile_only(codegen.render(spec, SHAPES), tmp_path)
+    compile_only(sweeps.render(spec, SHAPES), tmp_path)
 
 
 def accumulator_spec(instruction_set: str, width: int | None = None) -> AccumulatorSpec:

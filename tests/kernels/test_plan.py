@@ -10,7 +10,7 @@ import torch
 
 from clicktrain.errors import InvalidArgument
 from clicktrain.kernels import plan
-from clicktrain.kernels.cpu import codegen, passes
+from clicktrain.kernels.cpu import passes, sweeps
 from clicktrain.kernels.cpu.codegen import SweepSpec, TileShape
 from clicktrain.kernels.cpu.layer import Layer
 from clicktrain.kernels.cpu.reorder import reorder
@@ -110,7 +110,7 @@ def test_few_images_are_cut_into_strips() -> None:
 
 def test_generated_code_is_what_it_was() -> None:
     spec = SweepSpec("filters", "avx2", 3, ((0, 1), (4, 5)), 2, (1, 1), (1, 1), (0, 0), 3, 4, (1, 1, 2))
-    text = codegen.render(spec, (TileShape(1, 1, 2, (1, 3), (0, 4)),))
+    text = sweeps.render(spec, (TileShape(1, 1, 2, (1, 3), (0, 4)),))
     body = [line.strip() for line in text.splitlines() if "run[" in line or "Vec" in line]
     assert body == [
         "const Vec start = broadcast(s->bias ? s->bias[filter] : 0.0f);",
@@ -129,7 +129,7 @@ def test_generated_code_is_what_it_was() -> None:
 
 def test_taps_take_turns_at_the_chains() -> None:
     spec = SweepSpec("filters", "avx2", 3, ((0, 1, 4),), 1, (1, 1), (1, 1), (0, 0), 3, 4, (1, 1, 1), chains=2)
-    lines = [line.strip() for line in codegen.render(spec, (TileShape(1, 1, 1, (0, 3), (0, 3)),)).splitlines()]
+    lines = [line.strip() for line in sweeps.render(spec, (TileShape(1, 1, 1, (0, 3), (0, 3)),)).splitlines()]
     sums = [line.partition("x = ")[2] for line in lines if line.startswith("{ Vec x")]
     assert sums == [
         "load(channel + 0); s0_0_0 += w0 * x; }",

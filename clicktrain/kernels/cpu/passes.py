@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from clicktrain.errors import BackendUnavailable
 from clicktrain.kernels import build
-from clicktrain.kernels.cpu import codegen
+from clicktrain.kernels.cpu import codegen, sweeps
 from clicktrain.kernels.cpu.codegen import LANES, SweepSpec, TileShape
 from clicktrain.kernels.cpu.layer import Layer, Pair, stable_order
 from clicktrain.kernels.cpu.library import Pass, cache_bytes, instruction_set, sweep_taps
@@ -375,7 +375,7 @@ def _specialised_sweeps(
 
 @cache
 def _addresses(spec: SweepSpec, shapes: tuple[TileShape, ...]) -> list[int]:
-    return addresses(codegen.library(spec, shapes), "clicktrain_sweep", len(shapes) * len(spec.groups()))
+    return addresses(sweeps.library(spec, shapes), "clicktrain_sweep", len(shapes) * len(spec.groups()))
 
 
 def addresses(library: build.Library, name: str, count: int) -> list[int]:
