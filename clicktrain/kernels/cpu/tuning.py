@@ -43,7 +43,7 @@ _SUMS = {"avx512": 24, "avx2": 10, "portable": 8}
 _REGISTERS = 32  # of AVX-512, the only set that holds a whole window
 _SUMS_UNDER_WAY = 3
 _PASSING_ENTRIES = 4
-_SHORT_RUN, _SMALL_IMAGE = 6.0, 64
+_SHORT_RUN, _SMALL_IMAGE = 10.0, 64
 """Kernels of a channel with the same pattern, and output pixels, where AVX2 profits from larger tiles."""
 _LONG_RUN = 2.0
 """Kernels of a part with the same channel and pattern from which on the loop over them costs little."""
