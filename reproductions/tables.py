@@ -179,13 +179,14 @@ def _retained(kept: Sequence[retained.RetainedRow], method: MethodRow) -> str:
 
 def inference_tables() -> list[str]:
     """Return what `bench.inference` measured of whole networks, a table for each stored run of it."""
-    records = [json.loads(path.read_text()) for path in sorted(paths.BENCHMARKS.glob("inference*.json"))]
-    return [_inference_table(record) for record in records]
+    return [_inference_table(path) for path in sorted(paths.BENCHMARKS.glob("inference*.json"))]
 
 
-def _inference_table(record: Any) -> str:
+def _inference_table(path: Path) -> str:
+    record = json.loads(path.read_text())
     cpu, threads = record["provenance"]["cpu"]["model"], record["provenance"]["threads"]["torch"]
-    title = f"Inference of pruned networks, {cpu}, {threads} threads, medians of interleaved runs:"
+    where = f"{cpu} (`bench/evidence/{path.name}`), {threads} threads"
+    title = f"Inference of pruned networks, {where}, medians of interleaved runs:"
     rows = [_engine_row(row, timing) for row in record["rows"] for timing in row["timings"] if timing["name"] != "peak"]
     return f"{title}\n\n{_table(_ENGINES, rows)}"
 

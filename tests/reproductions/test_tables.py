@@ -104,7 +104,7 @@ def test_engines_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     record = {"provenance": {"cpu": {"model": "a CPU"}, "threads": {"torch": 2}}, "rows": [row]}
     (tmp_path / "inference.json").write_text(json.dumps(record))
     (text,) = tables.inference_tables()
-    assert "a CPU, 2 threads" in text
+    assert "a CPU (`bench/evidence/inference.json`), 2 threads" in text
     assert "| VGG, 9.0x, batch 1 | clicktrain | 2.00 | - | 1e-07 | 3 | 20 | 6.7 |" in text
     assert "| VGG, 9.0x, batch 1 | torch | 9.00 | 4.50x (goal 5.0x, missed) | 1e-07 | - | - | - |" in text
 
