@@ -16,7 +16,8 @@ class WideStrips {
   // Floats of memory; none where a pass reads x itself.
   static size_t floats(const Pass& p) { return p.grid_h ? p.tile_blocks * p.channels * plane(p) : 0; }
 
-  WideStrips(const Pass& p, const float* x, float* wide) : p_(p), x_(x), wide_(wide), is_there_(p.in_h) {}
+  WideStrips(const Pass& p, const float* x, float* wide)
+      : p_(p), x_(x), wide_(wide), is_there_(p.grid_h ? p.in_h : 0) {}
 
   // Return wide strips from a block on, with at least rows [first, last) of all channels.
   const float* rows(int block, int blocks, int first, int last) {
