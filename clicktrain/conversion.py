@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from clicktrain import blocked
+from clicktrain import blocked, memory
 from clicktrain.assignment import Assignment
 from clicktrain.errors import InvalidArgument
 from clicktrain.layers import PatternConv2d
@@ -60,6 +60,7 @@ def convert(
             if conv.bias is not None and layer.bias is not None:
                 replace_parameter(optimizer, conv.bias, layer.bias, lambda state: state)
     blocked.install(model)
+    memory.release()  # the sparse steps to come need other sizes than the dense ones before
     return layers
 
 

@@ -28,6 +28,18 @@ def keep() -> bool:
     return mallopt is not None and bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
 
 
+def release() -> bool:
+    """Make the C library hand back to the system what this process has freed, also what `keep` made it keep.
+
+    Returns
+    -------
+    bool
+        Whether there was something to hand back, and a C library that can.
+    """
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return malloc_trim is not None and bool(malloc_trim(0))
+
+
 def counted(name: str) -> int:
     """Return what Linux counts of this process under a name such as VmRSS or VmHWM, in bytes."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name))

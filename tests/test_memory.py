@@ -48,3 +48,17 @@ def test_kept_memory_costs_its_page_faults_once() -> None:
         for how in ("torch", "kept")
     }
     assert counts["kept"] < counts["torch"] / 2
+
+
+def test_kept_memory_can_be_handed_back() -> None:
+    program = (
+        "import torch\n"
+        "from clicktrain import memory\n"
+        "assert memory.keep()\n"
+        "torch.ones(64 * 2**20)\n"
+        "kept = memory.counted('VmRSS')\n"
+        "assert memory.release()\n"
+        "print(kept - memory.counted('VmRSS'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+    assert int(done.stdout) > 200 * 2**20
