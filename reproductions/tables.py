@@ -33,7 +33,7 @@ _ENGINES = (
 
 def render() -> str:
     """Return all tables as Markdown."""
-    studies = evidence_studies()
+    studies = [study for study in evidence_studies() if study.preset.claims]  # others only prepare a study
     parts = [claims_table(), accountings_table()]
     parts += [table for study in studies for table in study_tables(study)]
     parts += inference_tables()
