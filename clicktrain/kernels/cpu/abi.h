@@ -8,7 +8,8 @@ extern "C" {
 // What one call of a sweep needs: all kept weights of some filters in one channel block, for one tile.
 //
 // Weights come as records. A record is the place of a kernel (or of a single tap) in the window and its weights;
-// the records of a filter follow one another. taps.h explains one kind, filter_sweeps.py and channel_sweeps.py the other.
+// the records of a filter follow one another. taps.h explains one kind, filter_sweeps.py and channel_sweeps.py the
+// other.
 struct Sweep {
   const float* window;      // [channel block][tile_blocks][window_h][window_pitch][8]
   int64_t window_row;       // floats from the input row of one output row to that of the next

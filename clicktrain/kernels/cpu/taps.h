@@ -5,7 +5,8 @@
 //
 //     for each filter: for each record: for each pixel: sums[pixel] += weight * window[offset + pixel]
 //
-// One load feeds one multiply-add; the specialised sweeps (filter_sweeps.py, channel_sweeps.py) share loads between the taps of a kernel.
+// One load feeds one multiply-add; the specialised sweeps (filter_sweeps.py, channel_sweeps.py) share loads between the
+// taps of a kernel.
 // Both add the taps of a filter one after the other in the order of the plan, so their results are bitwise equal.
 #pragma once
 
