@@ -110,6 +110,11 @@ class Run:
         return record
 
     @property
+    def machine(self) -> tuple[str, ...]:
+        """What its times depend on, beside the code."""
+        return tuple(str(self.provenance.get(fact)) for fact in ("platform", "cpu", "gpu", "threads"))
+
+    @property
     def exclusive(self) -> bool:
         """Whether all processes that trained its epochs were said to have the machine to themselves."""
         declared = [segment["concurrency"]["declared"] for segment in self.segments]
@@ -132,6 +137,12 @@ class Study:
         """Return a figure of a method by seed, of the runs that know it."""
         found = {run.spec.seed: getattr(run.figures, figure) for run in self.of(method)}
         return {seed: value for seed, value in found.items() if not math.isnan(value)}
+
+    def seconds_beside(self, method: str, reference: str) -> dict[int, float]:
+        """Return a method's training times by seed, where the reference's run of that seed was on the same machine."""
+        theirs = {run.spec.seed: run.machine for run in self.of(reference)}
+        ours = {run.spec.seed for run in self.of(method) if theirs.get(run.spec.seed) == run.machine}
+        return {seed: value for seed, value in self.sample(method, "seconds").items() if seed in ours}
 
 
 def load_study(directory: StudyDirectory) -> Study:

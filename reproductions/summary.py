@@ -31,7 +31,7 @@ class MethodSummary:
     training_flops_saved : Estimate or None
         Percent of the FLOPs of training the dense network, paired by seed; negative for more than those.
     time_ratio : Estimate or None
-        Training time over that of the dense network, paired by seed.
+        Training time over that of the dense network, paired by seed; of pairs that one machine trained.
     """
 
     row: MethodRow
@@ -90,7 +90,7 @@ def _summary(study: Study, row: MethodRow) -> MethodSummary:
         figures={figure: estimate(sample.values()) for figure, sample in samples.items() if sample},
         accuracy_difference=None if row.role == "dense" else paired_difference(samples["accuracy"], dense["accuracy"]),
         training_flops_saved=estimate(saved.values()) if saved else None,
-        time_ratio=paired_ratio(samples["seconds"], dense["seconds"]),
+        time_ratio=paired_ratio(study.seconds_beside(row.name, reference), dense["seconds"]),
     )
 
 

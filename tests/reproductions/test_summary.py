@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +35,20 @@ def test_methods_are_compared_with_the_dense_network_of_the_same_seed(tmp_path: 
 def test_methods_without_a_run_have_no_figures(tmp_path: Path) -> None:
     pat = summarize(make_study(tmp_path / "toy", skip=("PAT/0", "PAT/1", "PAT/2")))[1]
     assert (pat.n, pat.figures, pat.accuracy_difference, pat.time_ratio) == (0, {}, None, None)
+
+
+def test_times_of_two_machines_are_not_compared(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "toy")
+    for run in study.of("ClickTrain"):
+        if run.spec.seed < 2:
+            elsewhere = run.provenance | {"platform": "another one"}
+            run.directory.provenance.write_text(json.dumps(elsewhere))
+    _, pat, ours = summarize(load_study(study.directory))
+    assert pat.time_ratio is not None
+    assert ours.time_ratio is not None
+    assert (pat.time_ratio.n, ours.time_ratio.n, ours.n) == (3, 1, 3)
+    assert ours.accuracy_difference is not None
+    assert ours.accuracy_difference.n == 3
 
 
 def test_every_claim_has_a_verdict(tmp_path: Path) -> None:
