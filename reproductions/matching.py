@@ -66,7 +66,7 @@ def _match(study: Study, rival: MethodSummary, subjects: Sequence[MethodSummary]
     found = []
     for subject in subjects:
         difference = paired_difference(study.sample(subject.row.name, "accuracy"), accuracy)
-        speedup = paired_ratio(seconds, study.sample(subject.row.name, "seconds"))
+        speedup = paired_ratio(seconds, study.sample_beside(subject.row.name, rival.row.name, "seconds"))
         if difference and speedup and difference.mean >= -ACCURACY_TOLERANCE:
             found.append(Match(rival, subject, difference, speedup))
     return max(found, key=_speedup, default=Match(rival))

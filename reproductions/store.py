@@ -138,11 +138,13 @@ class Study:
         found = {run.spec.seed: getattr(run.figures, figure) for run in self.of(method)}
         return {seed: value for seed, value in found.items() if not math.isnan(value)}
 
-    def seconds_beside(self, method: str, reference: str) -> dict[int, float]:
-        """Return a method's training times by seed, where the reference's run of that seed was on the same machine."""
-        theirs = {run.spec.seed: run.machine for run in self.of(reference)}
-        ours = {run.spec.seed for run in self.of(method) if theirs.get(run.spec.seed) == run.machine}
-        return {seed: value for seed, value in self.sample(method, "seconds").items() if seed in ours}
+    def sample_beside(self, method: str, reference: str, figure: str) -> dict[int, float]:
+        """Return a figure to be set against that of another method: a time only where one machine trained both."""
+        found = self.sample(method, figure)
+        if figure != "seconds":
+            return found
+        ours, theirs = ({run.spec.seed: run.machine for run in self.of(name)} for name in (method, reference))
+        return {seed: value for seed, value in found.items() if theirs.get(seed) == ours[seed]}
 
 
 def load_study(directory: StudyDirectory) -> Study:

@@ -90,7 +90,7 @@ def _summary(study: Study, row: MethodRow) -> MethodSummary:
         figures={figure: estimate(sample.values()) for figure, sample in samples.items() if sample},
         accuracy_difference=None if row.role == "dense" else paired_difference(samples["accuracy"], dense["accuracy"]),
         training_flops_saved=estimate(saved.values()) if saved else None,
-        time_ratio=paired_ratio(study.seconds_beside(row.name, reference), dense["seconds"]),
+        time_ratio=paired_ratio(study.sample_beside(row.name, reference, "seconds"), dense["seconds"]),
     )
 
 
@@ -122,7 +122,7 @@ def _judge(study: Study, claim: Claim, subject: MethodRow, dense_accuracy: float
     rival = subject.rivals[claim.rival] if claim.rival else subject.name
     verdict = judge(
         claim,
-        study.sample(subject.name, claim.metric),
+        study.sample_beside(subject.name, rival, claim.metric),
         study.sample(rival, claim.metric),
         exclusive=all(run.exclusive for run in study.of(subject.name) + study.of(rival)),
     )

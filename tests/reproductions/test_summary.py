@@ -43,12 +43,17 @@ def test_times_of_two_machines_are_not_compared(tmp_path: Path) -> None:
         if run.spec.seed < 2:
             elsewhere = run.provenance | {"platform": "another one"}
             run.directory.provenance.write_text(json.dumps(elsewhere))
-    _, pat, ours = summarize(load_study(study.directory))
+    study = load_study(study.directory)
+    _, pat, ours = summarize(study)
     assert pat.time_ratio is not None
     assert ours.time_ratio is not None
     assert (pat.time_ratio.n, ours.time_ratio.n, ours.n) == (3, 1, 3)
     assert ours.accuracy_difference is not None
     assert ours.accuracy_difference.n == 3
+    (verdict,) = [row.verdict for row in check(study) if row.claim.id == "no-time-overhead"]
+    assert verdict.word == TOO_FEW
+    assert verdict.estimate is not None
+    assert verdict.estimate.n == 1
 
 
 def test_every_claim_has_a_verdict(tmp_path: Path) -> None:
