@@ -152,11 +152,13 @@ class Convolution {
     const int top = window_top(corner), left = window_left(corner);
     const int below = p_.tile_h * p_.stride_h / p_.spread_h;  // rows to the window of the tile below
     const int64_t row_floats = int64_t(p_.in_w) * kLanes, window_row = int64_t(p_.window_pitch) * kLanes;
+    const float* const x = x_;  // a store to the window could change a member, for all that the compiler knows
+    const int first_block = first_block_;
     float* to = window_;
     for (int c = first; c < last; ++c)
       for (int b = 0; b < p_.tile_blocks; ++b) {
         const int block = std::min(corner.block + b, p_.blocks - 1);
-        const float* plane = x_ + (int64_t(block - first_block_) * p_.channels + c) * p_.in_h * row_floats;
+        const float* plane = x + (int64_t(block - first_block) * p_.channels + c) * p_.in_h * row_floats;
         for (int row = top; row < top + p_.window_h; ++row, to += window_row) {
           if (row < 0 || row >= p_.in_h)
             copy_row(plane, 0, 0, p_.window_w, to);
