@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
@@ -142,20 +142,25 @@ class ConvolutionSpec:
             place.append(window)
         return (place[0], place[1])
 
-    @cached_property
+    @property
     def shapes(self) -> Shapes:
         """The shapes of the patterns, entries slowest, for one image of a patch."""
-
-        def words(pattern: tuple[int, ...]) -> Reads:
-            places = (self.reads(tap, *pixel) for tap, pixel in product(pattern, self.pixels))
-            return tuple(None if place is None else self.region.offset(0, *place) for place in places)
-
-        return Shapes.of(self.patterns, words)
+        # How a block is filled does not matter to them: hundreds of candidates have them in common.
+        return _shapes(replace(self, warps=1, slots=1, sets=(), channels=1, resident=1, vector=1, plane=0, fused=False))
 
     @property
     def pixels(self) -> list[Pair]:
         """Rows and columns of the output pixels of a patch, in one image."""
         return list(product(range(self.tile[0]), range(self.tile[1])))
+
+
+@cache
+def _shapes(spec: ConvolutionSpec) -> Shapes:
+    def words(pattern: tuple[int, ...]) -> Reads:
+        places = (spec.reads(tap, *pixel) for tap, pixel in product(pattern, spec.pixels))
+        return tuple(None if place is None else spec.region.offset(0, *place) for place in places)
+
+    return Shapes.of(spec.patterns, words)
 
 
 @dataclass(frozen=True)

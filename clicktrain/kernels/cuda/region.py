@@ -103,6 +103,7 @@ class Region:
         }  # fmt: skip
 
 
+@cache
 def conflicts(region: Region) -> int:
     """Return how many accesses a load of a warp takes: 1 where no two corners share a bank."""
     images, bands = np.array([region.image_pitch]), np.array([region.step[0] * region.row_pitch + region.skew])
