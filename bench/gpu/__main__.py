@@ -13,22 +13,22 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from clicktrain import provenance
+from clicktrain import provenance, timing
 from clicktrain.files import write_atomic
 from clicktrain.kernels.cuda import codegen, launch
 
 SANITIZED_CONVOLUTIONS = 6
 LEAST_SANITIZER_SECONDS = 15
-SHARES = {"checks": 0.2, "deployment": 0.12, "training": 0.3, "sanitizer": 0.1}
+SHARES = {"checks": 0.15, "deployment": 0.1, "steps": 0.2, "training": 0.25, "sanitizer": 0.1}
 """Of the minutes, about; the table of kernels takes the rest."""
-LATER = ("deployment", "training", "sanitizer")
+LATER = ("deployment", "steps", "training", "sanitizer")
 """What comes after the table."""
 
 
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report: dict[str, Any] = {
         "schema": 2, "provenance": provenance.collect(), "kernel_sources": sources(), "checks": checked.as_dict(),
         "ceilings": ceilings.measure(options.rounds), "rows": [], "wrong": [], "left_out": [], "summary": {},
-        "training": [], "deployment": [], "sanitizer": {},
+        "training": [], "steps": {}, "deployment": [], "sanitizer": {},
     }  # fmt: skip
     seconds = {part: SHARES[part] * options.minutes * 60 for part in LATER if not getattr(options, f"no_{part}")}
     measure(report, options, end - sum(seconds.values()))
@@ -85,11 +85,18 @@ def add_later_parts(
     report: dict[str, Any], options: argparse.Namespace, seconds: Mapping[str, float], end: float
 ) -> None:
     """Add those parts of the report that have seconds."""
-    from bench.gpu import deployment
+    from bench.gpu import deployment, steps
 
-    if "deployment" in seconds:
-        report["deployment"] = deployment.measure(options.rounds)
-        _save(report, options.out)
+    parts: dict[str, Callable[[], Any]] = {
+        "deployment": lambda: deployment.measure(options.rounds), "steps": lambda: steps.measure(options.rounds),
+    }  # fmt: skip
+    for name, measured in parts.items():
+        if name in seconds:
+            try:
+                report[name] = measured()
+            except timing.WrongResult as error:
+                report["wrong"].append(f"{name}: {error}")
+            _save(report, options.out)
     if "training" in seconds:
         report["training"] = training(options, end - seconds.get("sanitizer", 0) - time.perf_counter())
         _save(report, options.out)
@@ -136,7 +143,7 @@ def training(options: argparse.Namespace, seconds: float) -> list[dict[str, Any]
 
 def print_report(report: dict[str, Any]) -> None:
     """Print the short table that comes last."""
-    from bench.gpu import deployment
+    from bench.gpu import deployment, steps
 
     print(f"\n{report['provenance']['gpu']}\nsparse fp32 kernels, times faster (geometric means over layers);")
     print("the last numbers: tensor-core kernels for blocks of 16 filters that share their kernels, in the same type,")
@@ -148,10 +155,12 @@ def print_report(report: dict[str, Any]) -> None:
     runs = report["training"]
     for method in dict.fromkeys(run["method"] for run in runs):
         mine = [run for run in runs if run["method"] == method]
-        steps = {stage: statistics.median(run["step_ms"][stage] for run in mine) for stage in mine[0]["step_ms"]}
+        medians = {stage: statistics.median(run["step_ms"][stage] for run in mine) for stage in mine[0]["step_ms"]}
         accuracy = statistics.mean(run["accuracy"] for run in mine)
         print(f"  VGG-13 {method} (n={len(mine)}): accuracy {accuracy:.4f}, " +
-              ", ".join(f"{stage} step {ms:.2f} ms" for stage, ms in steps.items()))  # fmt: skip
+              ", ".join(f"{stage} step {ms:.2f} ms" for stage, ms in medians.items()))  # fmt: skip
+    if report["steps"]:
+        print(f"  {steps.Steps(**report['steps'])}")
     for row in report["deployment"]:
         print(f"  {deployment.Deployed(**row)}")
     for wrong in report["wrong"]:
@@ -167,6 +176,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--checks-only", action="store_true", help="compare with the reference and stop")
     parser.add_argument("--no-sanitizer", action="store_true", help="leave compute-sanitizer out")
     parser.add_argument("--no-training", action="store_true", help="leave the training run out")
+    parser.add_argument("--no-steps", action="store_true", help="leave the training step beside torch.compile's out")
     parser.add_argument("--no-deployment", action="store_true", help="leave the deployed network out")
     parser.add_argument("--rounds", type=int, default=15, help="samples of each contender (default %(default)s)")
     parser.add_argument("--layers", type=int, metavar="N", help="only the first N workloads")

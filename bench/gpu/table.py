@@ -65,10 +65,9 @@ def prepare(cases: Sequence[Case]) -> None:
             for batch_last, candidates in ((False, 1), (True, None)):
                 texts += backend.units(case.shared_plan, torch.bfloat16, candidates, batch_last)
     compile_ahead(texts)
-    for case in cases:
-        backend.tune(case.plan)
-        if case.shared_plan is not None:
-            backend.tune(case.shared_plan, torch.bfloat16, batch_last=True)
+    backend.tune(case.plan for case in cases)
+    shared = (case.shared_plan for case in cases)
+    backend.tune((made for made in shared if made is not None), torch.bfloat16, batch_last=True)
 
 
 @torch.inference_mode()

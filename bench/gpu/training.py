@@ -14,7 +14,6 @@ from torch.nn import functional as F
 import clicktrain
 from clicktrain import data, models, preparation
 from clicktrain.kernels.cuda import backend
-from clicktrain.kernels.cuda.launch import compile_ahead
 
 BATCH = 128
 RATE, MOMENTUM, DECAY = 0.1, 0.9, 5e-4
@@ -142,7 +141,7 @@ class Recorded:
     def put(self, stage: str) -> None:
         """Let the model replay its graphs; record them, and choose kernels before, if a new stage begins."""
         if stage != self._stage:
-            _choose_kernels(self._model, self._shape)
+            choose_kernels(self._model, self._shape)
             buffers = [(buffer, buffer.clone()) for buffer in self._model.buffers()]
             # Recording runs the model on this input a few times, which its running statistics must not see.
             torch.cuda.make_graphed_callables(self._model, (torch.zeros(self._shape, device="cuda"),))
@@ -156,13 +155,10 @@ class Recorded:
         vars(self._model).pop("forward", None)
 
 
-def _choose_kernels(model: nn.Module, shape: tuple[int, ...]) -> None:
+def choose_kernels(model: nn.Module, shape: tuple[int, ...]) -> None:
     """Compile and choose for the pattern convolutions, before anything is timed."""
     sparse = {name for name, layer in model.named_modules() if isinstance(layer, clicktrain.PatternConv2d)}
-    found = [plan for name, made in preparation.plans(model, shape).items() if name in sparse for plan in made]
-    compile_ahead(text for plan in found for text in backend.units(plan))
-    for plan in found:
-        backend.tune(plan)
+    backend.tune(plan for name, made in preparation.plans(model, shape).items() if name in sparse for plan in made)
 
 
 @torch.no_grad()

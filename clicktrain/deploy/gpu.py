@@ -17,6 +17,7 @@ from clicktrain.deploy.engine import apply
 from clicktrain.deploy.graph import Graph, Node
 from clicktrain.kernels.cuda import backend
 from clicktrain.kernels.cuda.backend import Epilogue
+from clicktrain.kernels.cuda.launch import compile_ahead
 from clicktrain.kernels.plan import Plan, plan
 
 ROUNDS = 9
@@ -41,8 +42,9 @@ class GpuEngine:
 
     def __init__(self, graph: Graph, images: int, device: torch.device, tune: bool = False) -> None:
         self._graph, self._shape, self._device = graph, (images, *graph.input_shape), device
+        _make_ready(graph, images, device, tune)
         nodes = {number: _on(node, device) for number, node in graph.nodes.items()}
-        self._operations = {number: _operation(node, graph, images, tune) for number, node in nodes.items()}
+        self._operations = {number: _operation(node, graph, images) for number, node in nodes.items()}
         self._last_use = {source: number for number, node in graph.nodes.items() for source in node.inputs}
         self._idle: list[_Recording] = []  # append and pop are atomic
         self._recording = threading.Lock()
@@ -106,12 +108,13 @@ class _Recording:
 
 def choose(graph: Graph, images: int, device: torch.device) -> Graph:
     """Return the graph with those convolutions marked dense that torch computes faster on the device."""
+    _make_ready(graph, images, device, tune=True)
     nodes = dict(graph.nodes)
     for number, node in graph.nodes.items():
         if node.op == "conv":
             dense = replace(node, attributes={**node.attributes, "dense": True})
             on_device = [_on(candidate, device) for candidate in (node, dense)]
-            runs = [_operation(candidate, graph, images, tune=True) for candidate in on_device]
+            runs = [_operation(candidate, graph, images) for candidate in on_device]
             operands = [torch.randn(images, *_shape(graph.nodes[source]), device=device) for source in node.inputs]
             if _faster(*(partial(run, *operands) for run in runs)):
                 nodes[number] = dense
@@ -126,12 +129,12 @@ def _faster(sparse: Callable[[], Tensor], dense: Callable[[], Tensor]) -> bool:
     return times.speedup("sparse", "dense") > 1
 
 
-def _operation(node: Node, graph: Graph, images: int, tune: bool) -> Operation:
+def _operation(node: Node, graph: Graph, images: int) -> Operation:
     """Return what computes a node from its operands."""
     if node.op == "input":
         return lambda x: x
     if node.op == "conv" and not node.is_dense:
-        return _convolution(node, _plan(node, graph, images), tune)
+        return _convolution(node, _plan(node, graph, images))
     if node.op in _OPERATIONS:
         return partial(_OPERATIONS[node.op], node)
     return lambda *operands: apply(node, list(operands))
@@ -143,9 +146,21 @@ def _plan(node: Node, graph: Graph, images: int) -> Plan:
     return plan(node.tensors["assignment"], node.pool, shape, stride, padding)
 
 
-def _convolution(node: Node, made: Plan, tune: bool) -> Operation:
+def _make_ready(graph: Graph, images: int, device: torch.device, tune: bool) -> None:
+    """Compile the kernels of all sparse convolutions at once, and measure in which way each is fastest if `tune`."""
+    if device.type != "cuda":
+        return
+    sparse = [node for node in graph.nodes.values() if node.op == "conv" and not node.is_dense]
+    plans = [_plan(node, graph, images) for node in sparse]
     if tune:
-        backend.tune(made)
+        backend.tune(plans, functions=("forward",), fused=True)
+    else:
+        compile_ahead(
+            text for made in plans for text in backend.units(made, candidates=1, functions=("forward",), fused=True)
+        )
+
+
+def _convolution(node: Node, made: Plan) -> Operation:
     values, bias = node.tensors["values"].contiguous(), node.tensors["bias"].contiguous()
 
     def convolve(x: Tensor, residual: Tensor | None = None) -> Tensor:

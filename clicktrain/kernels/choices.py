@@ -59,6 +59,5 @@ def tune(plans: Iterable[Plan], backend: str = "auto", device: str = "cpu") -> N
         As in `pattern_conv2d`, and where it is going to compute.
     """
     kernels = select(backend, torch.empty(0, device=device))
-    for made in plans:
-        if hasattr(kernels, "tune"):
-            kernels.tune(made)
+    if hasattr(kernels, "tune"):
+        kernels.tune(plans)

@@ -15,9 +15,10 @@ import torch
 
 import clicktrain
 from bench.gpu import __main__ as gpu
-from bench.gpu import checks, deployment, table
+from bench.gpu import checks, deployment, steps, table
 from bench.gpu.rivals import DENSE, FUNCTIONS, SHARED, SHARED_BATCH_LAST, SPARSE, Case
 from bench.gpu.training import METHODS, MaskedDense, train
+from bench.suite.networks import Setting
 from bench.suite.workloads import LayerShape, Workload
 from clicktrain.kernels import backends, reference
 from clicktrain.kernels.cuda import backend, launch
@@ -138,6 +139,32 @@ def test_a_training_run_reports_each_stage(method):
     assert all(ms > 0 for ms in done.step_ms.values())
 
 
+def test_steps_are_compared_in_every_way_and_what_fails_is_named(monkeypatch):
+    def refuse(model, mode):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    found = steps.measure(2, Setting(0.05, 8), "cpu")
+    recorded = [name for name, (_, way) in steps.WAYS.items() if way != steps.COMPILED]
+    assert [timed["name"] for timed in found["timings"]] == recorded
+    assert all(timed["error"] <= steps.TOLERANCE and timed["n"] == 2 for timed in found["timings"])
+    assert found["best_sparse"] == "sparse, recorded"
+    assert found["best_dense"] in {"dense, recorded", "dense, channels_last, recorded"}
+    assert found["left_out"].keys() == {"sparse, compiled", "dense, compiled"}
+    assert "no compiler here" in found["left_out"]["dense, compiled"]
+
+
+def test_a_wrong_part_does_not_end_the_others(monkeypatch, tmp_path):
+    def wrong(rounds):
+        raise WrongResult("0.5")
+
+    monkeypatch.setattr(deployment, "measure", wrong)
+    monkeypatch.setattr(steps, "measure", lambda rounds: {"batch": 8})
+    report = {"wrong": []}
+    gpu.add_later_parts(report, gpu._options([]), {"deployment": 1.0, "steps": 1.0}, 0.0)
+    assert report == {"wrong": ["deployment: 0.5"], "steps": {"batch": 8}}
+
+
 CEILINGS = {"fp32_gflops": 100.0, "copy_gbps": 50.0}
 
 
@@ -243,11 +270,13 @@ def test_the_report_ends_with_every_part(capsys):
     gpu.print_report({
         "provenance": {"gpu": "Some GPU"}, "summary": {"forward 8x": {"cuDNN fp32": 3.5}}, "training": [run],
         "sanitizer": {"memcheck": "ERROR SUMMARY: 0 errors"}, "deployment": [asdict(deployed)],
+        "steps": asdict(steps.Steps(128, "sparse, recorded", "dense, compiled", 1.75, [timing_], {})),
         "wrong": ["a wrong layer"], "left_out": ["another layer"],
     })  # fmt: skip
     said = capsys.readouterr().out
     for part in (
         "Some GPU", "cuDNN fp32 3.50x", "memcheck: ERROR SUMMARY: 0 errors", "accuracy 0.8750", "sparse step 4.50 ms",
         "VGG-13 9.0x, batch 1: 0.250 ms  torch 3.00x  dense, recorded 1.50x", "a wrong layer", "1 workloads were left",
+        "step of batch 128: compiled 0.25 ms  best over best 1.75x",
     ):  # fmt: skip
         assert part in said

@@ -19,7 +19,7 @@ from clicktrain.deploy.gpu import GpuEngine
 from clicktrain.deploy.graph import Graph
 from clicktrain.deploy.trace import trace
 from clicktrain.errors import BackendUnavailable, InvalidArgument
-from clicktrain.kernels.cuda import backend, launch
+from clicktrain.kernels.cuda import launch
 from tests.deploy.models import alive, dense, error, prune, pruned
 from tests.kernels.cuda.host import HostLauncher, on_host
 
@@ -143,7 +143,6 @@ def test_sparse_or_dense_is_what_was_measured_to_be_faster(
         return len(asked) % 2 == 0
 
     monkeypatch.setattr(gpu, "_faster", faster)
-    monkeypatch.setattr(backend, "tune", lambda made: None)
     with on_host(launcher):
         chosen = gpu.choose(graph, 2, CPU)
     convolutions = [node for node in chosen.nodes.values() if node.op == "conv"]

@@ -206,7 +206,7 @@ def test_non_finite_input_spreads_through_kept_taps_only(bad: float) -> None:
 def test_tuned_choices_survive_a_checkpoint() -> None:
     made, x, values, _ = Case(SQUARES, 40, 70, 9, (8, 8), (1, 1), (1, 1), 0.3, seed=1).operands()
     xb = backend.pack(x)
-    chosen = runtime.tune(made)
+    (chosen,) = runtime.tune([made])
     assert set(chosen) == {"forward", "grad_input"}
     y = backend.forward_blocked(xb, values, made)
     stored = tuning.export_choices()
@@ -220,7 +220,7 @@ def test_tuned_choices_survive_a_checkpoint() -> None:
     tuning.import_choices(stored)
     runtime.forget()
     assert torch.equal(backend.forward_blocked(xb, values, made), y)
-    assert runtime.tune(made) == chosen  # from disk
+    assert runtime.tune([made]) == [chosen]  # from disk
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,7 @@ def test_clicktrain_compiles_between_selection_and_prune_only(monkeypatch: pytes
 def test_tuning_at_the_prune_is_an_option(monkeypatch: pytest.MonkeyPatch, late: bool) -> None:
     tuned: list[tuple[int, ...]] = []
     monkeypatch.setenv("CLICKTRAIN_DISABLE_JIT", "1")
-    monkeypatch.setattr(backend, "tune", lambda plan: tuned.append(plan.input_shape))
+    monkeypatch.setattr(backend, "tune", lambda plans: tuned.extend(plan.input_shape for plan in plans))
     model = models.create("vgg11", 4, width=0.125)
     loader = batches(2)
     method = ClickTrain(5.0, 3, select_at=0, prune_at=1, prune_after_step=late, tune=True, backend="cpu")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -185,18 +185,18 @@ def preparations(plan: Plan, functions: Collection[str]) -> list[Callable[[], ob
     return [partial(getattr, runtime, runtime.pass_of(function)) for function in functions]
 
 
-def tune(plan: Plan) -> dict[str, Choice]:
-    """Measure how the passes of a plan on blocked activations are best cut up, and use that from now on.
+def tune(plans: Iterable[Plan]) -> list[dict[str, Choice]]:
+    """Measure how the passes of plans on blocked activations are best cut up, and use that from now on.
 
     Takes some tens of calls of each pass; the result is kept on disk, so that the next process does not measure.
 
     Returns
     -------
-    dict
-        The choices for "forward" and "grad_input".
+    list of dict
+        For each plan the choices for "forward" and "grad_input".
     """
-    runtime = runtime_of(plan)
-    choices = {name: tune_pass(layer, runtime.blocks) for name, layer in runtime.layers.items()}
+    runtimes = [runtime_of(plan) for plan in plans]
+    choices = [{name: tune_pass(layer, made.blocks) for name, layer in made.layers.items()} for made in runtimes]
     forget()
     return choices
 

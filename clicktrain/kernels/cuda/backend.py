@@ -14,7 +14,7 @@ Results are the same bits from call to call on one device: sums have a fixed ord
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Literal
@@ -30,12 +30,13 @@ from clicktrain.kernels.cpu.layer import Layer
 from clicktrain.kernels.cuda import codegen, gradient_tiling, layout, tiling, tuning
 from clicktrain.kernels.cuda import tensor as tensor_cores
 from clicktrain.kernels.cuda.codegen import ConvolutionSpec, Dtype, GradientSpec
-from clicktrain.kernels.cuda.launch import CupyLauncher, Launcher, available
+from clicktrain.kernels.cuda.launch import CupyLauncher, Launcher, available, compile_ahead
 from clicktrain.kernels.cuda.region import LANES, Region, groups
 from clicktrain.kernels.cuda.tensor import as_batch_last, is_batch_last
 from clicktrain.kernels.cuda.tensor_text import IMAGES
 from clicktrain.kernels.cuda.tuning import choices, use_choices
 from clicktrain.kernels.plan import Plan
+from clicktrain.kernels.preparation import FUNCTIONS
 
 __all__ = [
     "as_batch_last", "available", "choices", "forward", "forward_fused", "grad_input", "grad_values", "tune", "units",
@@ -126,7 +127,7 @@ class Convolution:
         self.layer, self.images = layer, images
         self.spec = spec or tuning.convolution_spec(layer, images, dtype, launcher.limits(device))
         self.text = codegen.unit(self.spec)
-        self._fused_text = codegen.unit(replace(self.spec, fused=True))
+        self._fused_text = _text(self.spec, fused=True)
         made = layout.program(layer, self.spec)
         self._words, self._bounds = _on(made.words, device), _on(made.bounds, device)
         self._channels = _on(made.channels, device)
@@ -262,53 +263,97 @@ def forget() -> None:
     tuning.forget()
 
 
-def tune(made: Plan, dtype: torch.dtype = torch.float32, batch_last: bool = False) -> None:
-    """Measure on the current device in which way each pass of a plan is fastest, and do it that way from now on.
+def tune(
+    plans: Iterable[Plan],
+    dtype: torch.dtype = torch.float32,
+    batch_last: bool = False,
+    functions: Collection[str] = FUNCTIONS,
+    fused: bool = False,
+) -> None:
+    """Measure on the current device in which way each pass is fastest, and do it that way from now on.
 
-    The result is kept on disk. Compiling takes seconds for each pass that was not measured before; `units` and
-    `launch.compile_ahead` do it for many plans at once. `batch_last` is the format of the images that will come.
+    The result is kept on disk. What is chosen from is compiled on all cores first, which takes a second or two for
+    each pass and core.
+
+    Parameters
+    ----------
+    plans : iterable of Plan
+        From `clicktrain.kernels.plan`.
+    dtype : torch.dtype
+        Of the operands that will come.
+    batch_last : bool
+        Their format.
+    functions : collection of {"forward", "grad_input", "grad_values"}
+        What will be asked for.
+    fused : bool
+        Whether the forward pass will have an epilogue.
     """
-    device = torch.device("cuda", torch.cuda.current_device())
+    plans = list(plans)
+    compile_ahead(text for made in plans for text in units(made, dtype, None, batch_last, functions, fused))
+    for made in plans:
+        _tune(made, dtype, batch_last, functions, fused)
+
+
+def _tune(made: Plan, dtype: torch.dtype, batch_last: bool, functions: Collection[str], fused: bool) -> None:
+    device = _device()
     shapes = made.input_shape, made.values_shape, made.output_shape
     x, values, dy = (torch.randn(shape, device=device).to(dtype) for shape in shapes)
+    epilogue = Epilogue(shift=torch.randn(shapes[2][1], device=device), relu=True) if fused else NO_EPILOGUE
     runtime = Runtime(made, DTYPES[dtype], device, batch_last)
     if runtime.on_tensor_cores:
         if runtime.batch_last:
             x, dy = as_batch_last(x), as_batch_last(dy)
-        tensor_cores.tune(made, DTYPES[dtype], launcher, (x, values, dy), NO_EPILOGUE)
+        tensor_cores.tune(made, DTYPES[dtype], launcher, (x, values, dy), NO_EPILOGUE, functions)
         _runtimes.pop(made, None)
         return
     layers = Layer.forward(made), Layer.transposed(made)
     context = made.input_shape[0], DTYPES[dtype], launcher.limits(device)
 
-    def convolution(layer: Layer, operand: Tensor, shape: tuple[int, ...]) -> None:
+    def convolution(layer: Layer, operand: Tensor, shape: tuple[int, ...], epilogue: Epilogue) -> None:
         def run(spec: ConvolutionSpec) -> Callable[[], object]:
-            return partial(Convolution(layer, *context[:2], device, spec).run, operand, values, shape, NO_EPILOGUE)
+            return partial(Convolution(layer, *context[:2], device, spec).run, operand, values, shape, epilogue)
 
         tuning.tune(ConvolutionSpec, layer, *context, tuning.likely, run)
 
-    convolution(layers[0], x, made.output_shape)
-    convolution(layers[1], dy, made.input_shape)
-    tuning.tune(
-        GradientSpec, layers[0], *context, tuning.likely_gradients,
-        lambda spec: partial(Gradient(layers[0], *context[:2], device, spec).run, x, dy, made.values_shape),
-    )  # fmt: skip
+    if "forward" in functions:
+        convolution(layers[0], x, made.output_shape, epilogue)
+    if "grad_input" in functions:
+        convolution(layers[1], dy, made.input_shape, NO_EPILOGUE)
+    if "grad_values" in functions:
+        tuning.tune(
+            GradientSpec, layers[0], *context, tuning.likely_gradients,
+            lambda spec: partial(Gradient(layers[0], *context[:2], device, spec).run, x, dy, made.values_shape),
+        )  # fmt: skip
     _runtimes.pop(made, None)
 
 
 def units(
-    made: Plan, dtype: torch.dtype = torch.float32, candidates: int | None = None, batch_last: bool = False
+    made: Plan,
+    dtype: torch.dtype = torch.float32,
+    candidates: int | None = None,
+    batch_last: bool = False,
+    functions: Collection[str] = FUNCTIONS,
+    fused: bool = False,
 ) -> list[str]:
-    """Return the texts among which `tune` chooses, to be compiled ahead; or so many of each pass, the likeliest."""
-    name, images, device = DTYPES[dtype], made.input_shape[0], torch.device("cuda", torch.cuda.current_device())
+    """Return the texts among which `tune` chooses; or so many of each pass, the likeliest."""
+    name, images, device = DTYPES[dtype], made.input_shape[0], _device()
     limits = launcher.limits(device)
     runtime = Runtime(made, name, device, batch_last)
     if runtime.on_tensor_cores:
-        return tensor_cores.units(made, name, limits, candidates, runtime.batch_last)
-    layers = Layer.forward(made), Layer.transposed(made)
-    convolutions = [spec for layer in layers for spec in tuning.likely(layer, images, name, limits)[:candidates]]
-    gradients = tuning.likely_gradients(layers[0], images, name, limits)[:candidates]
-    return [codegen.unit(spec) for spec in convolutions] + [codegen.unit(spec) for spec in gradients]
+        return tensor_cores.units(made, name, limits, candidates, runtime.batch_last, functions)
+    forward, transposed = Layer.forward(made), Layer.transposed(made)
+    found = []
+    if "forward" in functions:
+        found += [_text(spec, fused) for spec in tuning.likely(forward, images, name, limits)[:candidates]]
+    if "grad_input" in functions:
+        found += [_text(spec) for spec in tuning.likely(transposed, images, name, limits)[:candidates]]
+    if "grad_values" in functions:
+        found += [codegen.unit(spec) for spec in tuning.likely_gradients(forward, images, name, limits)[:candidates]]
+    return found
+
+
+def _text(spec: ConvolutionSpec, fused: bool = False) -> str:
+    return codegen.unit(replace(spec, fused=fused))
 
 
 def _on(array: NDArray[np.int32], device: torch.device) -> Tensor:
@@ -317,6 +362,10 @@ def _on(array: NDArray[np.int32], device: torch.device) -> Tensor:
 
 DEVICE_TYPE: Literal["cuda", "cpu"] = "cuda"
 """Where operands have to be; the tests run the kernels on the CPU."""
+
+
+def _device() -> torch.device:
+    return torch.device("cpu") if DEVICE_TYPE == "cpu" else torch.device("cuda", torch.cuda.current_device())
 
 
 def _check_operands(*operands: tuple[str, Tensor, tuple[int, ...]]) -> None:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cache, partial
 from typing import TYPE_CHECKING
 
@@ -53,16 +53,29 @@ def as_batch_last(images: Tensor) -> Tensor:
     return images.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
 
 
-def units(plan: Plan, dtype: Dtype, limits: Limits, candidates: int | None, batch_last: bool) -> list[str]:
+def units(
+    plan: Plan,
+    dtype: Dtype,
+    limits: Limits,
+    candidates: int | None,
+    batch_last: bool,
+    functions: Collection[str] = tuning.FUNCTIONS,
+) -> list[str]:
     """Return the texts among which `tune` chooses; or so many of each pass, the likeliest."""
-    likely = (tuning.likely(function, plan, dtype, limits, batch_last)[:candidates] for function in tuning.FUNCTIONS)
+    wanted = (function for function in tuning.FUNCTIONS if function in functions)
+    likely = (tuning.likely(function, plan, dtype, limits, batch_last)[:candidates] for function in wanted)
     return [text.unit(spec) for specs in likely for spec in specs]
 
 
 def tune(
-    plan: Plan, dtype: Dtype, launcher: Launcher, operands: tuple[Tensor, Tensor, Tensor], epilogue: Epilogue
+    plan: Plan,
+    dtype: Dtype,
+    launcher: Launcher,
+    operands: tuple[Tensor, Tensor, Tensor],
+    epilogue: Epilogue,
+    functions: Collection[str],
 ) -> None:
-    """Measure in which way each pass is fastest for x, values and dy, in their format and on their device."""
+    """Measure in which way passes are fastest for x, values and dy, in their format and on their device."""
     x, values, dy = operands
     batch_last = is_batch_last(x)
     context = plan, dtype, x.device, launcher, batch_last
@@ -72,7 +85,8 @@ def tune(
         "grad_values": lambda s: partial(ValuesGradient(*context, s).run, x, dy, plan.values_shape),
     }
     for function, run in runs.items():
-        tuning.tune(function, plan, dtype, launcher.limits(x.device), batch_last, run)
+        if function in functions:
+            tuning.tune(function, plan, dtype, launcher.limits(x.device), batch_last, run)
 
 
 @cache

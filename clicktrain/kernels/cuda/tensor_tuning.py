@@ -91,7 +91,7 @@ def tune(
     """Choose the fastest way to cut up a pass: as found on disk, or else measured and written there."""
     tuning.measure(
         _fingerprint(function, plan, dtype, limits, batch_last),
-        lambda: likely(function, plan, dtype, limits, batch_last), text.unit, choice_of, run,
+        lambda: likely(function, plan, dtype, limits, batch_last), choice_of, run,
     )  # fmt: skip
 
 

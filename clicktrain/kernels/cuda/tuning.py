@@ -21,7 +21,6 @@ from clicktrain.kernels import build
 from clicktrain.kernels.cpu.layer import Layer
 from clicktrain.kernels.cuda import codegen, gradient_tiling, tiling
 from clicktrain.kernels.cuda.codegen import ConvolutionSpec, Dtype, GradientSpec
-from clicktrain.kernels.cuda.launch import compile_ahead
 from clicktrain.kernels.cuda.region import Pair
 from clicktrain.kernels.cuda.tiling import Limits
 
@@ -191,23 +190,20 @@ def tune(
 ) -> None:
     """Choose the fastest way to cut up a pass: as found on disk, or else measured and written there."""
     key = fingerprint(layer, images, dtype, limits, kind)
-    measure(key, lambda: candidates(layer, images, dtype, limits), codegen.unit, choice_of, run)
+    measure(key, lambda: candidates(layer, images, dtype, limits), choice_of, run)
 
 
 def measure(
     key: str,
     candidates: Callable[[], list[Any]],
-    unit: Callable[[Any], str],
     choice: Callable[[Any], Choice | TensorChoice],
     run: Callable[[Any], Callable[[], object]],
 ) -> None:
-    """Choose the fastest of some specifications for a fingerprint, which have texts and are made from choices."""
+    """Choose the fastest of some specifications for a fingerprint, which are made from choices."""
     if (known := _read(key)) is not None:
         _choices[key] = known
         return
-    specs = candidates()
-    compile_ahead(map(unit, specs))
-    _remember(key, choice(best := fastest(specs, run)), best)
+    _remember(key, choice(best := fastest(candidates(), run)), best)
     _write(key, _choices[key])
 
 

@@ -166,15 +166,14 @@ def test_rows_come_at_once_exactly_where_a_block_has_room(forgotten):
 @pytest.mark.parametrize("function", tensor_tuning.FUNCTIONS)
 def test_a_measured_choice_is_used_exported_imported_and_kept_on_disk(function, forgotten, monkeypatch):
     context = (function, LAYER, "bfloat16", H200, True)
-    wanted, measured, compiled = tensor_tuning.likely(*context)[3], [], []
-    monkeypatch.setattr(tuning, "compile_ahead", lambda texts: compiled.extend(texts))
+    wanted, measured = tensor_tuning.likely(*context)[3], []
     monkeypatch.setattr(tuning, "fastest", lambda specs, run: measured.append(specs) or wanted)
     for _ in range(2):
         tuning.forget()
         tensor_tuning.tune(*context, lambda spec: lambda: None)
         assert tensor_tuning.choose(*context) == wanted
     assert len(measured) == 1  # the second time it was on disk
-    assert len(compiled) == tensor_tuning.CANDIDATES
+    assert len(measured[0]) == tensor_tuning.CANDIDATES
     assert tensor_tuning.choose(function, LAYER, "bfloat16", H200, False) != wanted
     exported = json.loads(json.dumps(backend.choices()))
     backend.forget()
@@ -197,11 +196,10 @@ def test_each_candidate_computes_the_same(units, forgotten, monkeypatch):
         return specs[-1]
 
     monkeypatch.setattr(tuning, "fastest", fastest)
-    monkeypatch.setattr(tuning, "compile_ahead", lambda texts: list(texts))
     made, x, values, dy = operands(replace(CASE, images=24))
     there = (backend.as_batch_last(x), values, backend.as_batch_last(dy))
     with on_host(HostLauncher(units, small)) as launcher:
-        tensor.tune(made, "bfloat16", launcher, there, backend.NO_EPILOGUE)
+        tensor.tune(made, "bfloat16", launcher, there, backend.NO_EPILOGUE, tensor_tuning.FUNCTIONS)
         got = results(made, *there)
         texts = tensor.units(made, "bfloat16", small, None, True)
         assert launcher.texts <= set(texts)

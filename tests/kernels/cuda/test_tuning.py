@@ -11,10 +11,11 @@ from clicktrain.errors import InvalidArgument
 from clicktrain.kernels import build
 from clicktrain.kernels.cpu.layer import Layer
 from clicktrain.kernels.cuda import backend, gradient_tiling, tiling, tuning
-from clicktrain.kernels.cuda.codegen import ConvolutionSpec
+from clicktrain.kernels.cuda.codegen import ConvolutionSpec, GradientSpec
 from clicktrain.kernels.cuda.tiling import CODE_BYTES, Limits
 from clicktrain.patterns import official_pool
 from tests.kernels.cases import Case
+from tests.kernels.cuda.host import on_host
 
 H200 = Limits(227 << 10, 132)
 LAYER = Layer.forward(Case(official_pool(4), 64, 64, 128, (32, 32), (1, 1), (1, 1), 0.28, 1).plan())
@@ -66,15 +67,46 @@ def test_nonsense_is_no_choice():
 
 def test_the_measured_choice_is_kept_on_disk(monkeypatch):
     wanted = tuning.likely(*CONTEXT)[3]
-    measured, compiled = [], []
-    monkeypatch.setattr(tuning, "compile_ahead", lambda texts: compiled.extend(texts))
+    measured = []
     monkeypatch.setattr(tuning, "fastest", lambda specs, run: measured.append(specs) or wanted)
     for _ in range(2):
         tuning.forget()
         tuning.tune(ConvolutionSpec, *CONTEXT, tuning.likely, lambda spec: lambda: None)
         assert tuning.convolution_spec(*CONTEXT) == wanted
     assert len(measured) == 1  # the second time it was on disk
-    assert len(compiled) == tuning.CANDIDATES
+    assert len(measured[0]) == tuning.CANDIDATES
+
+
+@pytest.mark.parametrize(
+    ("functions", "fused", "passes"), [(("forward",), True, 1), (("grad_input", "grad_values"), False, 2)]
+)
+def test_only_what_will_be_asked_for_is_compiled_and_measured(functions, fused, passes, launcher, monkeypatch):
+    compiled, ran = [], []
+
+    def fastest(specs, run):
+        results = [run(spec)() for spec in specs]
+        torch.testing.assert_close(results, [results[0]] * len(results), rtol=1e-4, atol=1e-4)
+        ran.append(len(specs))
+        return specs[-1]
+
+    monkeypatch.setattr(backend, "compile_ahead", compiled.extend)
+    monkeypatch.setattr(tuning, "fastest", fastest)
+    made = Case(official_pool(4), 5, 6, 3, (7, 6), (1, 1), (1, 1), 0.5, 1).plan()
+    with on_host(launcher):
+        backend.tune([made], functions=functions, fused=fused)
+        assert backend.choices().keys() == {
+            tuning.fingerprint(layer, 3, "float32", launcher.limits(backend._device()), kind)
+            for layer, kind, name in (
+                (Layer.forward(made), ConvolutionSpec, "forward"),
+                (Layer.transposed(made), ConvolutionSpec, "grad_input"),
+                (Layer.forward(made), GradientSpec, "grad_values"),
+            )
+            if name in functions
+        }
+    assert len(ran) == passes
+    assert sum(ran) == len(compiled)
+    assert launcher.texts <= set(compiled)
+    assert all("constexpr int FUSED = 1;" in text for text in compiled) == fused
 
 
 def test_the_fastest_is_the_one_with_the_smallest_median(monkeypatch):
