@@ -14,6 +14,8 @@ _RIVALS = ("cuDNN fp32", "cuDNN tf32", "cuDNN bf16", "cuBLAS im2col", "cuSPARSE 
 _MEANS = (*_RIVALS, "best layer, cuDNN fp32", "worst layer, cuSPARSE im2col")
 _SHARES = ("share of the FP32 rate", "share of copy bandwidth")
 _SHARED = ("shared bf16 over cuDNN bf16", "shared bf16, batch last over cuDNN bf16")
+_IMPORTANT = 8.0
+"""Compression that the goals are set for."""
 Table = tuple[str, Sequence[str], list[Sequence[str]]]
 """Title, head, rows."""
 
@@ -24,7 +26,8 @@ def stored() -> list[Table]:
     if not path.exists():
         return []
     report = json.loads(path.read_text())
-    return [table for table in (_kernels(report), _training(report), _deployment(report)) if table[2]]
+    made = (_kernels(report), _networks(report), _steps(report), _training(report), _deployment(report))
+    return [table for table in made if table[2]]
 
 
 def _kernels(report: Any) -> Table:
@@ -43,6 +46,35 @@ def _kernels(report: Any) -> Table:
         cells = [_times(means, key) for key in _MEANS] + [_percent(means, key) for key in _SHARES]
         rows.append((name, str(len(mine)), *cells, *(_times(means, key) for key in _SHARED)))
     return title, head, rows
+
+
+def _networks(report: Any) -> Table:
+    """Return the most important compression network by network; nothing where there is one network."""
+    title = f"The same at {_IMPORTANT:g}x, network by network (resnet50: its 1x1 convolutions):"
+    rivals = (*_RIVALS[:3], _RIVALS[4])
+    mine = [row for row in report["rows"] if row["compression"] == _IMPORTANT]
+    keys = dict.fromkeys((row["function"], row["workload"].split(".")[0]) for row in mine)
+    if len({network for _, network in keys}) < 2:
+        return title, (), []
+    rows = []
+    for function, network in keys:
+        found = [r["speedups"] for r in mine if r["function"] == function and r["workload"].startswith(f"{network}.")]
+        means = [f"{statistics.geometric_mean(row[name] for row in found):.2f}x" for name in rivals]
+        best = max(row["cuDNN fp32"] for row in found)
+        rows.append((f"{function}, {network}", str(len(found)), *means, f"{best:.2f}x"))
+    return title, ("function, network", "layers", *rivals, "best layer, cuDNN fp32"), sorted(rows)
+
+
+def _steps(report: Any) -> Table:
+    steps = report.get("steps")
+    title = "A training step of VGG-13 at 9.0x there, batch 128, forward and backward passes as CUDA graphs:"
+    if not steps:
+        return title, (), []
+    times = {timed["name"]: timed["median_ms"] for timed in steps["timings"]}
+    sparse = times[steps["best_sparse"]]
+    rows = [(name, f"{ms:.2f}", f"{ms / sparse:.2f}x") for name, ms in times.items()]
+    rows += [(name, MISSING, reason) for name, reason in steps["left_out"].items()]
+    return title, ("step", "ms", "times the best sparse one"), rows
 
 
 def _training(report: Any) -> Table:

@@ -113,34 +113,50 @@ def test_engines_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "| VGG, 9.0x, batch 1 | torch | 9.00 | 4.50x (goal 5.0x, missed) | 1e-07 | - | - | - |" in text
 
 
-def test_the_gpu_report_becomes_three_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpu_report_becomes_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paths, "BENCHMARKS", tmp_path)
     assert gpu_tables.stored() == []
     means = {"cuDNN fp32": 3.5, "best layer, cuDNN fp32": 5.0, "share of the FP32 rate": 0.25}
     run = {"method": "sparse", "seed": 0, "epochs": 19, "accuracy": 0.9, "step_ms": {"dense": 7.0, "sparse": 4.0}}
+    speedups = dict.fromkeys(("cuDNN fp32", "cuDNN tf32", "cuDNN bf16", "cuSPARSE im2col"), 2.0)
+    faster = dict.fromkeys(speedups, 8.0)
     report = {
         "provenance": {"gpu": {"model": "Some GPU"}},
         "rows": [
-            {"workload": "vgg13.64x32@128 8x", "function": "forward", "compression": 8.0},
-            {"workload": "resnet18.64x56@64 4.5x", "function": "forward", "compression": 4.5},
+            {"workload": "vgg13.64x32@128 8x", "function": "forward", "compression": 8.0, "speedups": speedups},
+            {"workload": "vgg13.128x16@128 8x", "function": "forward", "compression": 8.0, "speedups": faster},
+            {"workload": "resnet18.64x56@64 8x", "function": "forward", "compression": 8.0, "speedups": speedups},
+            {"workload": "resnet18.64x56@64 4.5x", "function": "forward", "compression": 4.5, "speedups": speedups},
         ],
         "summary": {"forward 8x": means | {"share of copy bandwidth": 0.1}},
         "training": [run, run | {"seed": 1, "accuracy": 0.8, "step_ms": {"dense": 8.0, "sparse": 5.0}}],
         "deployment": [
             {"batch": 1, "dense_layers": 2, "speedups": {"torch": 3.0}, "timings": [{"median_ms": 0.5, "error": 1e-6}]}
         ],
-    }
+        "steps": {
+            "best_sparse": "sparse", "left_out": {"dense, compiled": "no compiler"},
+            "timings": [{"name": "sparse", "median_ms": 4.0}, {"name": "dense", "median_ms": 7.0}],
+        },
+    }  # fmt: skip
     (tmp_path / "gpu.json").write_text(json.dumps(report))
-    kernels, training, deployed = gpu_tables.stored()
+    kernels, networks, steps, training, deployed = gpu_tables.stored()
     assert "Some GPU" in kernels[0]
     assert "layers of vgg13, resnet18;" in kernels[0]
     (cells,) = kernels[2]
     assert dict(zip(kernels[1], cells, strict=True))["cuDNN fp32"] == "3.50x"
-    assert cells[:2] == ("forward 8x", "1")
+    assert cells[:2] == ("forward 8x", "3")
+    assert networks[2] == [
+        ("forward, resnet18", "1", *["2.00x"] * 5), ("forward, vgg13", "2", *["4.00x"] * 4, "8.00x"),
+    ]  # fmt: skip
+    assert steps[2] == [
+        ("sparse", "4.00", "1.00x"),
+        ("dense", "7.00", "1.75x"),
+        ("dense, compiled", "-", "no compiler"),
+    ]
     assert training[2] == [("sparse", "2", "19", "7.50", "4.50", "85.00")]
     assert deployed[2] == [("1", "0.500", "2", "3.00x", "1e-06")]
-    (tmp_path / "gpu.json").write_text(json.dumps(report | {"training": [], "deployment": []}))
-    assert len(gpu_tables.stored()) == 1
+    (tmp_path / "gpu.json").write_text(json.dumps(report | {"training": [], "deployment": [], "steps": {}}))
+    assert len(gpu_tables.stored()) == 2
 
 
 def test_a_study_that_may_not_decide_stands_back(monkeypatch: pytest.MonkeyPatch) -> None:

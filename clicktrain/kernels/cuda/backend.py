@@ -4,9 +4,9 @@ Where blocks of 16 filters share channels and patterns, tensor cores serve 16-bi
 
 Formats. Images are NCHW, and so are results. Tensor cores also take images batch last, that is in memory as
 [C][H][W][N] (`as_batch_last`, an ordinary tensor (N, C, H, W) with other strides), and then give results batch last.
-That spares them the turning of pixels into units of 8 images; on an H100 the input gradient gains by it, the forward
-pass does not (bench/evidence/gpu.json). Where they do not serve, N is not a multiple of 8 or operands differ in format,
-operands are copied into NCHW. Modules hand on NCHW.
+That spares them the turning of pixels into units of 8 images; on an H100 the input gradient gains by it, and the
+forward pass of ImageNet's layers, not that of CIFAR's (bench/evidence/gpu.json). Where they do not serve, N is not a
+multiple of 8 or operands differ in format, operands are copied into NCHW. Modules hand on NCHW.
 
 Results are the same bits from call to call on one device: sums have a fixed order, there are no atomics.
 """
