@@ -96,8 +96,11 @@ def test_the_bits_depend_on_the_channel_block_only(stride: int, direction: Calla
             ("filters", (1, 4, 2), 9, 3),
             ("filter_pairs", (1, 2, 4), 2, 4),
             ("filter_pairs", (2, 1, 6), 1, 2),
+            ("filter_blocks", (2, 2, 4), 2, 4),
+            ("filter_blocks", (2, 4, 2), 3, 2),
         )
-        if sweep != "filter_pairs" or (library.instruction_set() == "avx512" and layer.spread == (1, 1))
+        if sweep in ("taps", "filters")
+        or (library.instruction_set() == "avx512" and (sweep == "filter_blocks" or layer.spread == (1, 1)))
     ]
     first, *others = (convolve(layer, 3, choice, source, values) for choice in choices)
     assert torch.isfinite(first).all()
@@ -319,7 +322,7 @@ def test_pairs_of_pixels_where_registers_are_wide_or_nothing_is_wasted(
     monkeypatch.setattr(tuning, "wide_registers", lambda: wide)
     monkeypatch.setattr(passes, "cache_bytes", lambda level: 32768)
     made = Case(official_pool(pool), filters, 16, 16, (size, size), (stride,) * 2, (1, 1), 0.3, seed=0).plan()
-    assert tuning.estimate(Layer.forward(made), 2).sweep == sweep
+    assert tuning.estimate(Layer.forward(made), 1).sweep == sweep
 
 
 @pytest.mark.parametrize(("size", "tile"), [
@@ -329,8 +332,25 @@ def test_small_outputs_are_one_tile_where_a_tile_can_be_as_large(
     monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], tile: tuple[int, int]
 ) -> None:
     monkeypatch.setattr(tuning, "instruction_set", lambda: "avx2")
+    monkeypatch.setattr(tuning, "wide_registers", lambda: False)
     made = Case(SQUARES, 16, 16, 16, size, (1, 1), (1, 1), 0.3, seed=0).plan()
     assert tuning.estimate(Layer.forward(made), 2).tile == (1, *tile)
+
+
+@pytest.mark.parametrize(("wide", "blocks", "size", "stride", "sweep"), [
+    (True, 2, 8, 1, "filter_blocks"), (True, 1, 8, 1, "channel_pairs"), (False, 2, 8, 1, "channel_pairs"),
+    (True, 2, 16, 1, "channel_pairs"), (True, 2, 8, 2, "channel_pairs"), (True, 2, 1, 1, "channels"),
+])  # fmt: skip
+def test_small_images_of_two_blocks_share_registers_where_those_are_wide(
+    monkeypatch: pytest.MonkeyPatch, wide: bool, blocks: int, size: int, stride: int, sweep: str
+) -> None:
+    monkeypatch.setattr(tuning, "instruction_set", lambda: "avx512")
+    monkeypatch.setattr(tuning, "wide_registers", lambda: wide)
+    made = Case(SQUARES, 64, 64, 16, (size, size), (stride,) * 2, (1, 1), 0.5, seed=0).plan()
+    assert tuning.estimate(Layer.forward(made), blocks).sweep == sweep
+    if stride > 1:
+        assert tuning.estimate(Layer.transposed(made), blocks).sweep == "filter_blocks"
+        assert tuning.estimate(Layer.transposed(made), 1).sweep == "filters"
 
 
 @pytest.mark.parametrize(("instruction_set", "wide", "stride", "sweep", "channels"), [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,12 +33,14 @@ def compile_only(text: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("instruction_set", library.INSTRUCTION_SETS)
-@pytest.mark.parametrize("sweep", ["filters", "filter_pairs", "channels", "channel_pairs"])
+@pytest.mark.parametrize("sweep", codegen.REGISTERS)
 def test_sweeps_compile_for_every_instruction_set(sweep: codegen.Sweep, instruction_set: str, tmp_path: Path) -> None:
-    if codegen.pixels_of(sweep) == 2 and instruction_set != "avx512":
+    register = codegen.REGISTERS[sweep]
+    if register.name == "Pair" and instruction_set != "avx512":
         return  # the others have no registers for pairs, and nothing asks for them
-    spec = SweepSpec(sweep, instruction_set, 3, PATTERNS, len(PATTERNS), (1, 1), (1, 1), (0, 0), 4, 6, (1, 2, 4))
-    compile_only(sweeps.render(spec, SHAPES), tmp_path)
+    tile = (register.blocks, 2, 4)
+    spec = SweepSpec(sweep, instruction_set, 3, PATTERNS, len(PATTERNS), (1, 1), (1, 1), (0, 0), 4, 6, tile)
+    compile_only(sweeps.render(spec, (*SHAPES, replace(SHAPES[0], blocks=register.blocks))), tmp_path)
 
 
 def accumulator_spec(instruction_set: str, width: int | None = None) -> AccumulatorSpec:

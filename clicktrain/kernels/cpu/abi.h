@@ -11,7 +11,7 @@ extern "C" {
 // the records of a filter follow one another. taps.h explains one kind, filter_sweeps.py and channel_sweeps.py the
 // other.
 struct Sweep {
-  const float* window;      // [channel block][tile_blocks][window_h][window_pitch][8]
+  const float* window;      // [channel block][tile_blocks][window_h][window_pitch][8], or woven
   int64_t window_row;       // floats from the input row of one output row to that of the next
   int64_t window_pixel;     // floats from the input pixel of one output pixel to that of the next
   const int32_t* order;     // [filters] the filter in each place; the lists below are by place
@@ -61,6 +61,7 @@ struct Pass {
   int32_t whole_tiles;             // sweeps write whole tiles, also where they stick out of the output
   int32_t keeps_sums;              // sweeps are by channel: they keep sums in memory until all channels are done, and
                                    // read the input itself, not a copy of its window
+  int32_t woven;                   // windows are [channel block][window_h][window_pitch][tile_blocks][8]
   int32_t max_pool;                // of 2 x 2 finished outputs only the largest is written: y is half as high and wide;
                                    // sums are kept, tiles start and end at even pixels, nothing is added to the sums
   int64_t records;

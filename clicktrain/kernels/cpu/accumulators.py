@@ -22,11 +22,12 @@ from itertools import accumulate, groupby, product
 from typing import TypeVar
 
 from clicktrain.kernels.build import Library
-from clicktrain.kernels.cpu.codegen import FLAGS, LANES, REGISTERS, Pair, header
+from clicktrain.kernels.cpu.codegen import FLAGS, LANES, PIXEL, PIXEL_PAIR, Pair, header
 
 SUMS = {"avx512": 24, "avx2": 12, "portable": 12}
 """Sums that stay in registers."""
-PIXELS = {"avx512": 2, "avx2": 1, "portable": 1}
+REGISTERS = {"avx512": PIXEL_PAIR, "avx2": PIXEL, "portable": PIXEL}
+PIXELS = {name: register.pixels for name, register in REGISTERS.items()}
 """In a register."""
 MOST_FILTERS = 8
 
@@ -89,7 +90,7 @@ def render(spec: AccumulatorSpec) -> str:
 
 
 def _accumulator(name: str, pattern: tuple[int, ...], filters: int, spec: AccumulatorSpec) -> list[str]:
-    register = REGISTERS[PIXELS[spec.instruction_set]]
+    register = REGISTERS[spec.instruction_set]
     sums = {(f, e): f"s{f}_{e}" for f, e in product(range(filters), range(len(pattern)))}
     places = {key: (key[0] * len(pattern) + key[1]) * LANES for key in sums}
     write = _whole_image if spec.width else _rows
@@ -159,7 +160,7 @@ def _products(
 
     `places`: for each entry where the first pixel's row of the input lies, the pixel's place in it, and the tap.
     """
-    register = REGISTERS[PIXELS[spec.instruction_set]]
+    register = REGISTERS[spec.instruction_set]
     which = {e: _which(k, columns, spec) for e, (_, _, k) in places.items()}
     inputs = {
         f"v{e}": _load(f"{row} + {(pixel + k) * LANES}", which[e], spec)
@@ -187,7 +188,7 @@ def _which(tap: int, columns: Columns, spec: AccumulatorSpec) -> str:
 
 def _load(address: str, which: str, spec: AccumulatorSpec) -> str:
     """Return the expression that loads a tap of those output pixels; the first one's input is at the address."""
-    register, step = REGISTERS[PIXELS[spec.instruction_set]], spec.stride[1] * LANES
+    register, step = REGISTERS[spec.instruction_set], spec.stride[1] * LANES
     if which == "_first":
         return f"load_first({address})"
     if which == "_second":

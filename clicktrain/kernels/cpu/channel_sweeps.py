@@ -15,7 +15,6 @@ from math import prod
 
 from clicktrain.kernels.cpu.codegen import (
     LANES,
-    REGISTERS,
     Pair,
     SweepSpec,
     TileShape,
@@ -35,7 +34,7 @@ PIXELS_PER_LINE = 2
 
 def write(name: str, patterns: tuple[tuple[int, ...], ...], spec: SweepSpec, shape: TileShape) -> list[str]:
     """Return the function for a group of patterns and a tile."""
-    entries, register, of_filter = len(patterns[0]), REGISTERS[spec.pixels], prod(spec.tile) * LANES
+    entries, register, of_filter = len(patterns[0]), spec.register, prod(spec.tile) * LANES
     taps = [{place: taps_of(pattern, place, spec, shape) for place in _registers(spec, shape)} for pattern in patterns]
     windows = [sorted({pixel for pixels in used.values() for _, pixel in pixels}) for used in taps]
     whole = sorted({*chain(*windows)})
@@ -84,13 +83,13 @@ def _registers(spec: SweepSpec, shape: TileShape) -> list[Pair]:
 
 def _held(window: Iterable[Pair], spec: SweepSpec, shape: TileShape) -> list[str]:
     """Return the lines that load window pixels for as long as the block lasts."""
-    name = REGISTERS[spec.pixels].name
+    name = spec.register.name
     return [f"    {name} {_pixel(p)} = {load_of(0, p, spec, shape)}; pin({_pixel(p)});" for p in window]
 
 
 def _add_held(used: Uses, spec: SweepSpec) -> list[str]:
     """Return the lines that add a kernel to its sums, a few of these at a time, from window pixels in registers."""
-    register, lines = REGISTERS[spec.pixels], []
+    register, lines = spec.register, []
     places, known = [place for place, taps in used.items() if taps], set()
     for first in range(0, len(places), SUMS_AT_ONCE):
         sums = {place: sum_name(0, *place) for place in places[first : first + SUMS_AT_ONCE]}
@@ -108,7 +107,7 @@ def _add_held(used: Uses, spec: SweepSpec) -> list[str]:
 
 def _add_passing(used: Uses, spec: SweepSpec, shape: TileShape) -> list[str]:
     """Return the lines that add a kernel to its sums, all of them in registers while window pixels pass by."""
-    register = REGISTERS[spec.pixels]
+    register = spec.register
     sums = [(sum_name(0, *place), _sum_offset(place, spec)) for place, taps in used.items() if taps]
     entries = sorted({entry for taps in used.values() for entry, _ in taps})
     uses: dict[Pair, list[tuple[int, str]]] = {}
@@ -152,7 +151,7 @@ def _finish_pooled(loop: str, spec: SweepSpec, shape: TileShape) -> list[str]:
 
 
 def _finish_whole(loop: str, spec: SweepSpec, shape: TileShape) -> list[str]:
-    register = REGISTERS[spec.pixels]
+    register = spec.register
     half = {place for place in _registers(spec, shape) if place[1] + spec.pixels > shape.columns}
     places = {(r, c): f"{r} * s->out_row + {c * LANES}" for r, c in _registers(spec, shape)}
     load = {place: register.load_first if place in half else register.load for place in places}

@@ -7,7 +7,8 @@ constants relative to the channel or the filter. Taps that would read padding ar
 
 "filter_pairs" and "channel_pairs" are sweeps on registers of two neighbouring output pixels (512 bits): half the
 instructions. Their windows hold a pair for every column, as taps need them, with a stride from two places; padding
-beside a pixel is zero.
+beside a pixel is zero. Registers of "filter_blocks" hold a pixel of two blocks instead, whose windows are woven: every
+load is a whole cache line and serves all taps of a pixel, where half of the pairs lie across two lines.
 
 The taps of an output pixel are added in the order of the pattern, as in the generic sweep: going by filters gives the
 same bits as that, and going by channels the same as both with one channel to a block.
@@ -30,7 +31,7 @@ TARGETS = {
     "portable": (128, None),
 }
 """Instruction set -> bits of a register, and what the compiler calls the set."""
-Sweep = Literal["filters", "filter_pairs", "channels", "channel_pairs"]
+Sweep = Literal["filters", "filter_pairs", "filter_blocks", "channels", "channel_pairs"]
 MOST_WEIGHTS = 9
 """That are in registers together."""
 MAX_PATTERNS = 16
@@ -42,20 +43,24 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class Register:
-    """What lanes.h offers for one or two neighbouring pixels of all lanes."""
+    """What lanes.h offers for a register of one or two blocks, and one or two neighbouring pixels, of all lanes."""
 
     name: str
     load: str
     load_first: str
     broadcast: str
     folded: str
+    pixels: Literal[1, 2] = 1
+    blocks: Literal[1, 2] = 1
 
 
-REGISTERS = {
-    1: Register("Vec", "load", "load", "broadcast", "{}"),
-    2: Register("Pair", "load_pair", "load_first", "broadcast_pair", "fold({})"),
-}
-"""By pixels."""
+PIXEL = Register("Vec", "load", "load", "broadcast", "{}")
+PIXEL_PAIR = Register("Pair", "load_pair", "load_first", "broadcast_pair", "fold({})", pixels=2)
+BLOCK_PAIR = Register("Pair", "load_pair", "load_first", "broadcast_pair", "fold({})", blocks=2)
+REGISTERS: dict[Sweep, Register] = {
+    "filters": PIXEL, "filter_pairs": PIXEL_PAIR, "filter_blocks": BLOCK_PAIR,
+    "channels": PIXEL, "channel_pairs": PIXEL_PAIR,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,9 +98,14 @@ class SweepSpec:
     chains: int = 1
 
     @property
+    def register(self) -> Register:
+        """What sums are kept in."""
+        return REGISTERS[self.sweep]
+
+    @property
     def pixels(self) -> int:
         """In a register."""
-        return pixels_of(self.sweep)
+        return self.register.pixels
 
     def groups(self) -> list[tuple[tuple[int, ...], ...]]:
         """Return the patterns of each sweep."""
@@ -111,11 +121,6 @@ class SweepSpec:
                 return None
             place.append(window)
         return (place[0], place[1])
-
-
-def pixels_of(sweep: str) -> Literal[1, 2]:
-    """Return the neighbouring output pixels in a register."""
-    return 2 if sweep.endswith("pairs") else 1
 
 
 def goes_by_channel(sweep: str) -> bool:
@@ -163,13 +168,13 @@ def load_of(block: int, pixel: Pair, spec: SweepSpec, shape: TileShape) -> str:
         return f"load_first({place(column)})"
     if spec.pixels == 2 and step > 1:
         return f"load_two({place(column)}, {place(column + step)})"
-    return f"{REGISTERS[spec.pixels].load}({place(column)})"
+    return f"{spec.register.load}({place(column)})"
 
 
 def window_offset(place: tuple[int, int, int], spec: SweepSpec) -> int:
     """Return the floats from the window pixel of the first output pixel to another one of its channel."""
     block, row, column = place
-    return ((block * spec.window_rows + row) * spec.window_pitch + column) * LANES
+    return ((block * spec.window_rows + row) * spec.window_pitch + column) * LANES * spec.register.blocks
 
 
 def sum_name(block: int, row: int, column: int) -> str:

@@ -61,12 +61,13 @@ class Tiles {
   Cuts blocks_, rows_, columns_, bands_;
 };
 
-// Copy `count` pixels of an input row, starting at column `from`; columns outside [0, width) become zero.
-CLICKTRAIN_INLINE void copy_row(const float* row, int from, int width, int count, float* to) {
+// Copy `count` pixels of an input row, starting at column `from`, to every `step` floats; columns outside [0, width)
+// become zero.
+CLICKTRAIN_INLINE void copy_row(const float* row, int from, int width, int count, float* to, int step) {
   const int begin = std::min(count, std::max(0, -from)), end = std::max(begin, std::min(count, width - from));
-  for (int i = 0; i < begin; ++i) store(to + i * kLanes, Vec{});
-  for (int i = begin; i < end; ++i) store(to + i * kLanes, load(row + (from + i) * kLanes));
-  for (int i = end; i < count; ++i) store(to + i * kLanes, Vec{});
+  for (int i = 0; i < begin; ++i) store(to + i * step, Vec{});
+  for (int i = begin; i < end; ++i) store(to + i * step, load(row + (from + i) * kLanes));
+  for (int i = end; i < count; ++i) store(to + i * step, Vec{});
 }
 
 // One thread's work on a pass.
@@ -91,7 +92,7 @@ class Convolution {
       copy_window(corner, cb);
       for (int i = 0; i < count; ++i) {
         const TilePlace t = tiles.tile(band, i);
-        const float* window = window_ + int64_t(t.left - corner.left) * p_.stride_w / p_.spread_w * kLanes;
+        const float* window = window_ + int64_t(t.left - corner.left) * p_.stride_w / p_.spread_w * window_step();
         float* sums = sums_ + (int64_t(i) * (end - begin) - begin) * tile_floats(p_);
         for (int group = 0; group < p_.groups; ++group) {
           const SweepFunction sweep = p_.sweeps[group * tiles.count() + t.number];
@@ -147,23 +148,35 @@ class Convolution {
   int window_top(const TilePlace& t) const { return p_.start_h + t.top * p_.stride_h / p_.spread_h; }
   int window_left(const TilePlace& t) const { return p_.start_w + t.left * p_.stride_w / p_.spread_w; }
 
+  // Floats from one pixel of a window to the next.
+  int window_step() const { return p_.woven ? p_.tile_blocks * kLanes : kLanes; }
+
   void copy_window(const TilePlace& corner, int cb) {
+    if (p_.woven)
+      copy_window(corner, cb, p_.tile_blocks * kLanes, kLanes);
+    else
+      copy_window(corner, cb, kLanes, int64_t(p_.window_h) * p_.window_pitch * kLanes);
+  }
+
+  // With so many floats from pixel to pixel and from block to block.
+  CLICKTRAIN_INLINE void copy_window(const TilePlace& corner, int cb, int step, int64_t block_step) {
     const int first = cb * p_.channel_block, last = std::min(first + p_.channel_block, p_.channels);
     const int top = window_top(corner), left = window_left(corner);
     const int below = p_.tile_h * p_.stride_h / p_.spread_h;  // rows to the window of the tile below
-    const int64_t row_floats = int64_t(p_.in_w) * kLanes, window_row = int64_t(p_.window_pitch) * kLanes;
+    const int64_t row_floats = int64_t(p_.in_w) * kLanes, window_row = int64_t(p_.window_pitch) * step;
+    const int64_t channel_step = int64_t(p_.tile_blocks) * p_.window_h * p_.window_pitch * kLanes;
     const float* const x = x_;  // a store to the window could change a member, for all that the compiler knows
     const int first_block = first_block_;
-    float* to = window_;
     for (int c = first; c < last; ++c)
       for (int b = 0; b < p_.tile_blocks; ++b) {
-        const int block = std::min(corner.block + b, p_.blocks - 1);
+        float* to = window_ + (c - first) * channel_step + b * block_step;
+        const int block = corner.block + std::min(b, corner.blocks - 1);
         const float* plane = x + (int64_t(block - first_block) * p_.channels + c) * p_.in_h * row_floats;
         for (int row = top; row < top + p_.window_h; ++row, to += window_row) {
           if (row < 0 || row >= p_.in_h)
-            copy_row(plane, 0, 0, p_.window_w, to);
+            copy_row(plane, 0, 0, p_.window_w, to, step);
           else
-            copy_row(plane + row * row_floats, left, p_.in_w, p_.window_w, to);
+            copy_row(plane + row * row_floats, left, p_.in_w, p_.window_w, to, step);
           if (row + below >= top + p_.window_h) fetch_ahead(plane + (row + below) * row_floats + left * kLanes);
         }
       }
@@ -178,8 +191,8 @@ class Convolution {
   Sweep sweep_of(int list, int phase, const float* window, float* sums, int begin, int end) {
     Sweep s;
     s.window = window;
-    s.window_row = int64_t(p_.stride_h) * p_.window_pitch * kLanes;
-    s.window_pixel = int64_t(p_.stride_w) * kLanes;
+    s.window_row = int64_t(p_.stride_h) * p_.window_pitch * window_step();
+    s.window_pixel = int64_t(p_.stride_w) * window_step();
     s.order = p_.order + int64_t(list) * p_.filters;
     s.starts = p_.starts + (int64_t(list) * p_.phases + phase) * (p_.filters + 1);
     s.runs = p_.runs + int64_t(list) * p_.list_runs + int64_t(begin / p_.part) * p_.part_runs;

@@ -12,7 +12,6 @@ from itertools import groupby, product
 
 from clicktrain.kernels.cpu.codegen import (
     MOST_WEIGHTS,
-    REGISTERS,
     Pair,
     SweepSpec,
     TileShape,
@@ -24,12 +23,8 @@ from clicktrain.kernels.cpu.codegen import (
 
 def write(name: str, patterns: tuple[tuple[int, ...], ...], spec: SweepSpec, shape: TileShape) -> list[str]:
     """Return the function for a group of patterns and a tile."""
-    entries, register = len(patterns[0]), REGISTERS[spec.pixels]
-    pixels = list(product(range(shape.blocks), range(shape.rows), range(0, shape.columns, spec.pixels)))
-    places = [(sum_name(b, r, c), f"{b} * s->$_block + {r} * s->$_row + {c} * s->$_pixel") for b, r, c in pixels]
-    half = {sum_name(b, r, c) for b, r, c in pixels if c + spec.pixels > shape.columns}
-    load = {name: register.load_first if name in half else register.load for name, _ in places}
-    value = {name: f"first({name})" if name in half else name for name, _ in places}
+    entries, register = len(patterns[0]), spec.register
+    places = {sum_name(*place): place for place in _places(spec, shape)}
     return [
         f'extern "C" void {name}(const Sweep* s) {{',
         "  const float* const window = s->window;",
@@ -40,35 +35,80 @@ def write(name: str, patterns: tuple[tuple[int, ...], ...], spec: SweepSpec, sha
         f"  for (int f = s->begin; f < s->end; ++f, run += {spec.group}) {{",
         "    const int64_t filter = s->order[f];",
         f"    const {register.name} start = {register.broadcast}(s->bias ? s->bias[filter] : 0.0f);",
-        f"    {register.name} {', '.join(f'{name} = start' for name, _ in places)};",
-        *(f"    {register.name} {name}_{chain} = {{}};" for name, _ in places for chain in range(1, spec.chains)),
+        f"    {register.name} {', '.join(f'{name} = start' for name in places)};",
+        *(f"    {register.name} {name}_{chain} = {{}};" for name in places for chain in range(1, spec.chains)),
         "    if (const float* in = s->sums_in) {",
         "      in += filter * s->in_filter;",
-        *(f"      {name} = {load[name]}(in + {place.replace('$', 'in')});" for name, place in places),
+        *(f"      {name} = {_load('in', 'in', place, spec, shape)};" for name, place in places.items()),
         "    }",
         *(line for number, pattern in enumerate(patterns) for line in _run(number, pattern, spec, shape)),
-        *(f"    {name} += {name}_{chain};" for name, _ in places for chain in range(1, spec.chains)),
+        *(f"    {name} += {name}_{chain};" for name in places for chain in range(1, spec.chains)),
         "    if (const float* residual = s->residual) {",
         "      residual += filter * s->out_filter;",
-        *(f"      {name} += {load[name]}(residual + {place.replace('$', 'out')});" for name, place in places),
+        *(f"      {name} += {_load('residual', 'out', place, spec, shape)};" for name, place in places.items()),
         "    }",
-        f"    if (s->relu) {{ {' '.join(f'{name} = relu({name});' for name, _ in places)} }}",
+        f"    if (s->relu) {{ {' '.join(f'{name} = relu({name});' for name in places)} }}",
         "    float* out = s->sums_out + filter * s->out_filter;",
         "    if (s->streaming) {",
-        *(f"      stream(out + {place.replace('$', 'out')}, {value[name]});" for name, place in places),
+        *(f"      {line}" for name, place in places.items() for line in _stores("stream", name, place, spec, shape)),
         "    } else {",
-        *(f"      store(out + {place.replace('$', 'out')}, {value[name]});" for name, place in places),
+        *(f"      {line}" for name, place in places.items() for line in _stores("store", name, place, spec, shape)),
         "    }",
         "  }",
         "}",
     ]
 
 
+Place = tuple[int, int, int]
+"""Block, row and column of the first output pixel of a register."""
+
+
+def _places(spec: SweepSpec, shape: TileShape) -> list[Place]:
+    register = spec.register
+    return list(
+        product(
+            range(0, shape.blocks, register.blocks), range(shape.rows), range(0, shape.columns, register.pixels)
+        )
+    )  # fmt: skip
+
+
+def _is_half(place: Place, spec: SweepSpec, shape: TileShape) -> bool:
+    """Tell whether the second half of a register sticks out of the tile."""
+    block, _, column = place
+    return block + spec.register.blocks > shape.blocks or column + spec.register.pixels > shape.columns
+
+
+def _address(array: str, strides: str, place: Place) -> str:
+    block, row, column = place
+    return f"{array} + {block} * s->{strides}_block + {row} * s->{strides}_row + {column} * s->{strides}_pixel"
+
+
+def _load(array: str, strides: str, place: Place, spec: SweepSpec, shape: TileShape) -> str:
+    """Return the expression that loads a register of finished or unfinished sums."""
+    address, (block, row, column) = _address(array, strides, place), place
+    if _is_half(place, spec, shape):
+        return f"{spec.register.load_first}({address})"
+    if spec.register.blocks == 2:
+        return f"load_two({address}, {_address(array, strides, (block + 1, row, column))})"
+    return f"{spec.register.load}({address})"
+
+
+def _stores(store: str, name: str, place: Place, spec: SweepSpec, shape: TileShape) -> list[str]:
+    """Return the lines that write a register of sums."""
+    address, (block, row, column) = _address("out", "out", place), place
+    if _is_half(place, spec, shape):
+        return [f"{store}({address}, first({name}));"]
+    if spec.register.blocks == 2:
+        other = _address("out", "out", (block + 1, row, column))
+        return [f"{store}({address}, first({name}));", f"{store}({other}, second({name}));"]
+    return [f"{store}({address}, {name});"]
+
+
 def _run(number: int, pattern: tuple[int, ...], spec: SweepSpec, shape: TileShape) -> list[str]:
     """Return the loop over the kernels of one pattern."""
-    entries, register = len(pattern), REGISTERS[spec.pixels]
+    entries, register = len(pattern), spec.register
     uses: dict[tuple[int, Pair], list[tuple[int, str]]] = {}
-    for block, row, column in product(range(shape.blocks), range(shape.rows), range(0, shape.columns, spec.pixels)):
+    for block, row, column in _places(spec, shape):
         for entry, pixel in taps_of(pattern, (row, column), spec, shape):
             chain = f"_{entry % spec.chains}" if entry % spec.chains else ""
             uses.setdefault((block, pixel), []).append((entry, sum_name(block, row, column) + chain))

@@ -44,11 +44,12 @@ class Choice:
 
     Attributes
     ----------
-    sweep : {"filters", "filter_pairs", "channels", "channel_pairs", "taps"}
+    sweep : {"filters", "filter_pairs", "filter_blocks", "channels", "channel_pairs", "taps"}
         The compute kernel: specialised for the pool, filter by filter or channel by channel, on single pixels or pairs
-        of them, or generic.
+        of them, along a row or of two blocks; or generic.
     tile : (int, int, int)
-        Blocks, rows and columns of output pixels that are computed at once; one block in sweeps by channel.
+        Blocks, rows and columns of output pixels that are computed at once; one block in sweeps by channel, two in
+        "filter_blocks".
     band : int
         Tiles along the columns that share a window; one in sweeps by channel.
     channel_block : int
@@ -207,6 +208,7 @@ def _prepare_filters(layer: Layer, blocks: int, choice: Choice, short_chains: bo
     structure.groups = -(-len(layer.patterns) // group)
     structure.part_runs, structure.list_runs = structure.part * group, layer.filters * group
     structure.reversed, structure.records = layer.reversed, len(channel)
+    structure.woven = choice.sweep == "filter_blocks"
     return Prepared(structure, {
         "order": found.order.astype(np.int32),
         "starts": starts.astype(np.int64),
@@ -345,7 +347,9 @@ def _axis_shapes(layer: Layer, choice: Choice, window: Window, axis: int) -> lis
 
 def _chains(layer: Layer, choice: Choice) -> int:
     """Return how many sums of a pixel keep the multiply-add units busy together with its neighbours'."""
-    sums = choice.tile[0] * choice.tile[1] * -(-choice.tile[2] // codegen.pixels_of(choice.sweep))
+    assert choice.sweep != "taps"
+    register = codegen.REGISTERS[choice.sweep]
+    sums = -(-choice.tile[0] // register.blocks) * choice.tile[1] * -(-choice.tile[2] // register.pixels)
     return max(1, min(layer.entries, CHAINS // sums))
 
 

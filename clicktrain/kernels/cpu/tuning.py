@@ -23,6 +23,7 @@ from clicktrain.errors import BackendUnavailable, InvalidArgument
 from clicktrain.files import write_atomic
 from clicktrain.kernels import build, sources
 from clicktrain.kernels.cpu import codegen
+from clicktrain.kernels.cpu.codegen import Register
 from clicktrain.kernels.cpu.layer import Layer
 from clicktrain.kernels.cpu.library import function, instruction_set, wide_registers
 from clicktrain.kernels.cpu.passes import MOST_CHANNELS, Choice, cuts, filters_at_once, prepare, streams, taps_tile
@@ -36,7 +37,7 @@ longer lists pay more."""
 BAND_PIXELS = 16
 LEARNT_RUNS = 1024
 ROUNDS = 5
-VERSION = 6
+VERSION = 7
 """Of the candidates: choices on disk are of one version of these and of the C++ sources."""
 _FMA_LATENCY = 4
 _SUMS = {"avx512": 24, "avx2": 10, "portable": 8}
@@ -50,6 +51,11 @@ _LONG_RUN = 2.0
 _PAIRS_FROM, _PAIRS_FROM_WITH_SHORT_RUNS = (16, 17), 65
 """Output pixels from which on pairs were faster than going filter by filter, on images of 2 x 2 to 56 x 56, where 512
 bits are computed in two steps: in sparse and in dense layers."""
+
+_BLOCKS_UP_TO = 200, 64
+"""Output pixels up to which registers of two blocks were fastest, of 1x1 layers last: four blocks at 2.25x and 8.1x on
+an Intel Xeon (family 6, model 85) gained 1.1 to 1.7x on 2 x 2 to 8 x 8, 1.0 to 1.1x on 14 x 14, and -13 to +8 % on
+16 x 16."""
 
 _PAIR_TILES = {(1, 1): ((2, 4), (4, 2), (2, 2), (1, 4), (1, 2)), (2, 2): ((4, 2), (1, 4))}
 """By stride, rows and columns whose window of pairs fits into the registers beside four weights."""
@@ -116,6 +122,8 @@ def estimate(layer: Layer, blocks: int) -> Choice:
     if len(layer.patterns) > codegen.MAX_PATTERNS or (layer.kernel_size == 1 and not _gains_from_code(layer)):
         tile = taps_tile(layer)
         return Choice("taps", tile, _band(layer, tile), channel_block, group=1)
+    if _suits_blocks(layer, blocks):
+        return _by_filter(layer, blocks)[0]
     by_channel = _by_channel(layer)
     if by_channel and (instruction_set() == "avx2" or _suits_pairs(layer)):
         return by_channel[0]
@@ -172,7 +180,8 @@ def _parsed(key: str, fields: Mapping[str, Any]) -> Choice:
         or min(b, r, c, choice.band, choice.group, choice.channel_block) < 1
         or choice.channel_block > MOST_CHANNELS
         or (codegen.goes_by_channel(choice.sweep) and b * choice.band > 1)
-        or c % codegen.pixels_of(choice.sweep)
+        or (choice.sweep != "taps" and c % codegen.REGISTERS[choice.sweep].pixels)
+        or (choice.sweep == "filter_blocks" and b != 2)
     ):
         raise InvalidArgument(f"choice {key}={fields!r}: a value is out of range")
     return choice
@@ -231,12 +240,12 @@ def _band(layer: Layer, tile: Tile) -> int:
     return max(1, min(BAND_PIXELS, layer.out_size[1]) // tile[2])
 
 
-def _tiles(layer: Layer, blocks: int, pixels: int) -> list[Tile]:
+def _tiles(layer: Layer, blocks: int, register: Register) -> list[Tile]:
     """Return the tiles whose sums fit into the registers, beside a row of the window where weights do not."""
-    (height, width), (u, v) = layer.out_size, layer.spread
+    (height, width), (u, v), pixels = layer.out_size, layer.spread, register.pixels
 
     def fits(b: int, r: int, c: int) -> bool:
-        sums = b * r * u * c * v // pixels
+        sums = b * r * u * c * v // (pixels * register.blocks)
         if layer.entries > codegen.MOST_WEIGHTS and instruction_set() == "avx512":
             return sums + _loads_of_row(layer, c * v, pixels) + 1 <= _REGISTERS
         return sums <= _SUMS[instruction_set()]
@@ -245,8 +254,9 @@ def _tiles(layer: Layer, blocks: int, pixels: int) -> list[Tile]:
         (b, r * u, c * v)
         for b, r, c in product((1, 2, 3), (1, 2, 3, 4), range(pixels, 10 * pixels + 1, pixels))
         if fits(b, r, c) and b <= max(1, blocks) and (r - 1) * u < height and (c - 1) * v < width
-    ]
-    return tiles or [(1, u, pixels * v)]
+        and (register.blocks == 1 or b == register.blocks)
+    ]  # fmt: skip
+    return tiles or [(register.blocks, u, pixels * v)]
 
 
 def _loads_of_row(layer: Layer, columns: int, pixels: int) -> int:
@@ -332,15 +342,31 @@ def _suits_pairs(layer: Layer) -> bool:
     return max(layer.stride) == 1 and 2 * _pairs(width, tiles[0][2]) == width and height * width >= pixels
 
 
+def _suits_blocks(layer: Layer, blocks: int) -> bool:
+    """Tell whether going filter by filter with a pixel of two blocks in a register is fastest.
+
+    It is on small images: of larger ones, to copy the windows of both takes longer than the sweeps save. Where outputs
+    are spread no sweep by channel and no pairs of pixels serve, with a stride the former read the window as it is.
+    """
+    if not wide_registers() or blocks < 2 or max(layer.stride) > 1:
+        return False
+    height, width = layer.out_size
+    return max(layer.spread) > 1 or 4 <= height * width <= _BLOCKS_UP_TO[layer.kernel_size == 1]
+
+
 def _by_filter(layer: Layer, blocks: int) -> list[Choice]:
     """Return the likeliest ways to go through the kernels filter by filter, the best first."""
     channel_block = _channel_block(layer)
     group = _group(layer, channel_block)
     found = []
-    sweeps: tuple[codegen.Sweep, ...] = ("filter_pairs", "filters") if _holds_pairs(layer) else ("filters",)
+    sweeps: list[codegen.Sweep] = ["filters"]
+    if _holds_pairs(layer):
+        sweeps = ["filter_pairs", *sweeps]
+    if wide_registers() and blocks > 1:
+        sweeps = ["filter_blocks", *sweeps] if _suits_blocks(layer, blocks) else [*sweeps, "filter_blocks"]
     for sweep in sweeps:
-        pixels = codegen.pixels_of(sweep)
-        tiles = sorted(_tiles(layer, blocks, pixels), key=lambda tile: _cost(layer, blocks, tile, pixels))
+        register = codegen.REGISTERS[sweep]
+        tiles = sorted(_tiles(layer, blocks, register), key=lambda tile: _cost(layer, blocks, tile, register))
         found += [Choice(sweep, tile, _band(layer, tile), channel_block, group) for tile in tiles[:3]]
     return found
 
@@ -350,11 +376,11 @@ def _holds_pairs(layer: Layer) -> bool:
     return wide_registers() and layer.spread == (1, 1) and layer.out_size[1] > 1
 
 
-def _cost(layer: Layer, blocks: int, tile: Tile, pixels: int) -> tuple[bool, float]:
-    return not streams(layer, blocks, tile), _cycles(layer, blocks, tile, pixels)
+def _cost(layer: Layer, blocks: int, tile: Tile, register: Register) -> tuple[bool, float]:
+    return not streams(layer, blocks, tile), _cycles(layer, blocks, tile, register)
 
 
-def _cycles(layer: Layer, blocks: int, tile: Tile, pixels: int) -> float:
+def _cycles(layer: Layer, blocks: int, tile: Tile, register: Register) -> float:
     """Estimate the cycles that all tiles together spend on one kernel, and on copying its share of a window."""
     lengths = [  # of two kinds at most, along each axis
         Counter(length for _, length in cuts(size, step, spread)).items()
@@ -362,14 +388,15 @@ def _cycles(layer: Layer, blocks: int, tile: Tile, pixels: int) -> float:
     ]
     phases = layer.spread[0] * layer.spread[1]
     uses = max(1.0, len(layer.kernels.filters) / max(1, layer.channels))  # of a channel's window
-    (s, t), k = layer.stride, layer.kernel_size
+    (s, t), k, pixels = layer.stride, layer.kernel_size, register.pixels
     dear = 1.0 if pixels == 1 else 1.5 if t == 1 else 2.0  # half of the pairs cross a cache line; a stride takes two
     total = 0.0
     for (b, n_b), (r, n_r), (c, n_c) in product(*lengths):
-        rows, sums = b * ((r - 1) * s + k) / phases, b * r * -(-c // pixels) / phases
+        registers = -(-b // register.blocks)
+        rows, sums = registers * ((r - 1) * s + k) / phases, registers * r * -(-c // pixels) / phases
         arithmetic = layer.entries * sums / 2
         latency = layer.entries * _FMA_LATENCY / phases
         loads = (dear * rows * _loads_of_row(layer, c, pixels) * min(1.0, layer.entries / k) + layer.entries) / 2
-        copying = 2 * rows * ((c - 1) * t + k) / uses
+        copying = 2 * register.blocks * rows * ((c - 1) * t + k) / uses
         total += n_b * n_r * n_c * (max(arithmetic, latency, loads) + 3 + copying)
     return total

@@ -13,8 +13,8 @@ inline int floor_division(int a, int b) { return (a >= 0 ? a : a - b + 1) / b; }
 // One thread's wide strips: those of the blocks of one tile.
 class WideStrips {
  public:
-  // Floats of memory; none where a pass reads x itself.
-  static size_t floats(const Pass& p) { return p.grid_h ? p.tile_blocks * p.channels * plane(p) : 0; }
+  // Floats of memory, whole cache lines; none where a pass reads x itself.
+  static size_t floats(const Pass& p) { return p.grid_h ? (p.tile_blocks * p.channels * plane(p) + 15) / 16 * 16 : 0; }
 
   WideStrips(const Pass& p, const float* x, float* wide)
       : p_(p), x_(x), wide_(wide), is_there_(p.grid_h ? p.in_h : 0) {}
