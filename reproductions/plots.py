@@ -258,6 +258,7 @@ def _draw_kernel_bars(axes: Axes, benchmark: Benchmark) -> None:
     axes.axvline(BY_ID["kernel-speedup"].published[0], color=_INK, linewidth=1, linestyle="--", label="published")
     _name_rows(axes, [layer.name for layer in benchmark.layers])
     axes.tick_params(axis="y", labelsize=7)
+    axes.set_ylim(len(benchmark.layers) - 0.4, -0.6)  # a margin in percent would be several bars wide
     axes.set_xlabel("times faster, forward")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
 
