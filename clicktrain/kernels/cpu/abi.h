@@ -29,8 +29,8 @@ struct Sweep {
   const float* bias;        // [filters] what the sums start from where sums_in is null; null = zero
   const float* residual;    // added to the finished sums, placed as the outputs are; null = nothing
   int32_t relu;             // of the finished sums
+  int32_t max_pool;         // what is written is the largest of each 2 x 2
   // Of sweeps by channel, whose sums stay in memory until all channels are done:
-  int32_t max_pool;         // output is the largest of each 2 x 2
   float* output;            // where the finished sums of the first filter go; null: there are channels to come
 };
 
@@ -63,7 +63,8 @@ struct Pass {
                                    // read the input itself, not a copy of its window
   int32_t woven;                   // windows are [channel block][window_h][window_pitch][tile_blocks][8]
   int32_t max_pool;                // of 2 x 2 finished outputs only the largest is written: y is half as high and wide;
-                                   // sums are kept, tiles start and end at even pixels, nothing is added to the sums
+                                   // sums are kept or windows woven, tiles start and end at even pixels, nothing is
+                                   // added to the sums
   int64_t records;
   const int32_t* order;            // [channel_blocks][groups][filters]
   const int64_t* starts;           // [channel_blocks][groups][phases][filters + 1]

@@ -217,11 +217,13 @@ class Convolution {
   }
 
   void write_to_output(Sweep& s, const TilePlace& t, int phase) {
-    s.out_row = int64_t(pixel_rows()) * p_.out_w * kLanes;
-    s.out_filter = int64_t(p_.out_h) * p_.out_w * kLanes;
+    const int less = p_.max_pool ? 2 : 1, width = p_.out_w / less;
+    s.out_row = int64_t(pixel_rows()) * width * kLanes;
+    s.out_filter = int64_t(p_.out_h / less) * width * kLanes;
     s.out_block = p_.filters * s.out_filter;
-    const int64_t corner = (int64_t(t.top) * p_.out_w + t.left) * kLanes;
-    s.sums_out = y_ + t.block * s.out_block + corner + first_pixel(phase, p_.out_w);
+    s.max_pool = p_.max_pool;
+    const int64_t corner = (int64_t(t.top / less) * width + t.left / less) * kLanes;
+    s.sums_out = y_ + t.block * s.out_block + corner + first_pixel(phase, width);
     finish(s, s.sums_out);
   }
 

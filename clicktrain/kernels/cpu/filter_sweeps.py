@@ -49,6 +49,7 @@ def write(name: str, patterns: tuple[tuple[int, ...], ...], spec: SweepSpec, sha
         "    }",
         f"    if (s->relu) {{ {' '.join(f'{name} = relu({name});' for name in places)} }}",
         "    float* out = s->sums_out + filter * s->out_filter;",
+        *_pooled_stores(spec, shape),
         "    if (s->streaming) {",
         *(f"      {line}" for name, place in places.items() for line in _stores("stream", name, place, spec, shape)),
         "    } else {",
@@ -102,6 +103,18 @@ def _stores(store: str, name: str, place: Place, spec: SweepSpec, shape: TileSha
         other = _address("out", "out", (block + 1, row, column))
         return [f"{store}({address}, first({name}));", f"{store}({other}, second({name}));"]
     return [f"{store}({address}, {name});"]
+
+
+def _pooled_stores(spec: SweepSpec, shape: TileShape) -> list[str]:
+    """Return the lines with which "filter_blocks", where asked to, write the largest of each 2 x 2 sums and go on."""
+    if spec.sweep != "filter_blocks" or shape.rows % 2 or shape.columns % 2:
+        return []
+    lines = []
+    for row, column in product(range(0, shape.rows, 2), range(0, shape.columns, 2)):
+        a, b, c, d = (sum_name(0, row + i, column + j) for i, j in product(range(2), repeat=2))
+        lines.append(f"{a} = larger(larger({a}, {b}), larger({c}, {d}));")
+        lines += _stores("store", a, (0, row // 2, column // 2), spec, shape)
+    return ["    if (s->max_pool) {", *(f"      {line}" for line in lines), "      continue;", "    }"]
 
 
 def _run(number: int, pattern: tuple[int, ...], spec: SweepSpec, shape: TileShape) -> list[str]:

@@ -61,6 +61,7 @@ CLICKTRAIN_INLINE Vec second(Pair v) { return __builtin_shufflevector(v, v, 8, 9
 CLICKTRAIN_INLINE Vec fold(Pair v) { return first(v) + second(v); }
 CLICKTRAIN_INLINE void stream(float* p, Pair v) { stream(p, first(v)), stream(p + kLanes, second(v)); }
 CLICKTRAIN_INLINE Pair relu(Pair v) { return v < 0.0f ? Pair{} : v; }
+CLICKTRAIN_INLINE Pair larger(Pair a, Pair b) { return (b > a) | (b != b) ? b : a; }
 // sum += a * b, of both pixels or of one: padding beside a pixel is not even multiplied with zero.
 CLICKTRAIN_INLINE void add_all(Pair& sum, Pair a, Pair b) { sum += a * b; }
 CLICKTRAIN_INLINE void add_first(Pair& sum, Pair a, Pair b) {

@@ -314,7 +314,7 @@ def can_pool(prepared: Prepared) -> bool:
     """Tell whether a pass can write the largest of each 2 x 2 outputs only (`Pass.max_pool`)."""
     made = prepared.structure
     tiles = (*cuts(made.out_h, made.tile_h, 1), *cuts(made.out_w, made.tile_w, 1))
-    return bool(made.keeps_sums) and all(start % 2 == 0 and length % 2 == 0 for start, length in tiles)
+    return bool(made.keeps_sums or made.woven) and all(start % 2 == 0 and length % 2 == 0 for start, length in tiles)
 
 
 def _tile_count(layer: Layer, blocks: int, choice: Choice) -> int:

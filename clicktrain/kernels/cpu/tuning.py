@@ -254,9 +254,14 @@ def _tiles(layer: Layer, blocks: int, register: Register) -> list[Tile]:
         (b, r * u, c * v)
         for b, r, c in product((1, 2, 3), (1, 2, 3, 4), range(pixels, 10 * pixels + 1, pixels))
         if fits(b, r, c) and b <= max(1, blocks) and (r - 1) * u < height and (c - 1) * v < width
-        and (register.blocks == 1 or b == register.blocks)
+        and (register.blocks == 1 or (b == register.blocks and not _odd(r * u, height) and not _odd(c * v, width)))
     ]  # fmt: skip
     return tiles or [(register.blocks, u, pixels * v)]
+
+
+def _odd(tile: int, size: int) -> bool:
+    """Tell whether tiles of an even image are odd: a maximum of 2 x 2 could not be taken on the way."""
+    return size % 2 == 0 and tile % 2 == 1
 
 
 def _loads_of_row(layer: Layer, columns: int, pixels: int) -> int:
