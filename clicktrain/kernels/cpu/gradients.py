@@ -10,7 +10,7 @@ import torch
 
 from clicktrain.errors import BackendUnavailable
 from clicktrain.kernels.cpu import accumulators, codegen
-from clicktrain.kernels.cpu.accumulators import AccumulatorSpec, by_register, merged, taps_by_pixel
+from clicktrain.kernels.cpu.accumulators import PIXELS, AccumulatorSpec, by_register, merged, taps_by_pixel
 from clicktrain.kernels.cpu.codegen import LANES
 from clicktrain.kernels.cpu.layer import Integers, Layer, stable_order
 from clicktrain.kernels.cpu.library import Gradient, cache_bytes, instruction_set
@@ -61,9 +61,20 @@ def prepare_gradient(layer: Layer, blocks: int) -> Prepared:
     }
     for name, array in arrays.items():
         made.add(name, np.ascontiguousarray(array, np.int32))
-    if layer.kernel_size > 1 and len(layer.patterns) <= codegen.MAX_PATTERNS:
+    if _gains_from_code(layer):
         _add_accumulators(made, layer)
     return made
+
+
+def _gains_from_code(layer: Layer) -> bool:
+    """Tell whether specialised accumulators are faster than generic ones.
+
+    Of 1x1 layers on an Intel Xeon (family 6, model 85) they are: 1.05 to 1.19x under AVX2, 1.19 to 1.33x with pairs of
+    pixels; but 0.93 to 0.98x where each row of 7 pixels leaves half a pair.
+    """
+    if len(layer.patterns) > codegen.MAX_PATTERNS:
+        return False
+    return layer.kernel_size > 1 or layer.out_size[1] % PIXELS[instruction_set()] == 0
 
 
 def _is_straight(layer: Layer) -> bool:
