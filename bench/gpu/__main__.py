@@ -176,7 +176,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--checks-only", action="store_true", help="compare with the reference and stop")
     parser.add_argument("--no-sanitizer", action="store_true", help="leave compute-sanitizer out")
     parser.add_argument("--no-training", action="store_true", help="leave the training run out")
-    parser.add_argument("--no-steps", action="store_true", help="leave the training step beside torch.compile's out")
+    parser.add_argument("--no-steps", action="store_true", help="leave the single training steps out")
     parser.add_argument("--no-deployment", action="store_true", help="leave the deployed network out")
     parser.add_argument("--rounds", type=int, default=15, help="samples of each contender (default %(default)s)")
     parser.add_argument("--layers", type=int, metavar="N", help="only the first N workloads")

@@ -155,6 +155,19 @@ def test_steps_are_compared_in_every_way_and_what_fails_is_named(monkeypatch):
     assert "no compiler here" in found["left_out"]["dense, compiled"]
 
 
+def test_a_step_that_fails_without_a_compiler_is_an_error(monkeypatch):
+    step = steps._step
+
+    def broken(setting, network, way, device):
+        if network == steps.SPARSE:
+            raise RuntimeError("a kernel")
+        return step(setting, network, way, device)
+
+    monkeypatch.setattr(steps, "_step", broken)
+    with pytest.raises(RuntimeError, match="a kernel"):
+        steps.measure(1, Setting(0.05, 8), "cpu")
+
+
 def test_a_wrong_part_does_not_end_the_others(monkeypatch, tmp_path):
     def wrong(rounds):
         raise WrongResult("0.5")
