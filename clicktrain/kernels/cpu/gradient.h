@@ -188,7 +188,8 @@ class GradientTask {
       const int top = row * g_.stride_h - g_.pad_h;
       for (int r = top; r < top + window_h_; ++r, to += window_w_ * kLanes) {
         const bool inside = r >= 0 && r < g_.in_h;
-        copy_row(from + (inside ? int64_t(r) * g_.in_w * kLanes : 0), -g_.pad_w, inside ? g_.in_w : 0, window_w_, to, kLanes);
+        const float* line = from + (inside ? int64_t(r) * g_.in_w * kLanes : 0);
+        copy_row(line, -g_.pad_w, inside ? g_.in_w : 0, window_w_, to, kLanes);
       }
     }
   }
