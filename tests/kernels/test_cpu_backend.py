@@ -280,9 +280,10 @@ def test_a_pool_of_all_patterns_uses_the_generic_kernel() -> None:
 @pytest.mark.parametrize(
     ("instruction_set", "stride", "size", "tile"),
     [
-        ("avx512", 2, 12, (1, 2, 2)),
         ("avx512", 1, 2, (1, 2, 2)),  # the window is the image
-        ("avx512", 1, 7, None),  # an odd row leaves half a pair
+        ("avx512", 1, 4, (1, 4, 4)),
+        ("avx512", 1, 7, (1, 4, 4)),  # every window lies at an edge
+        ("avx512", 1, 12, None),  # few channels
         ("avx512", 2, 2, (1, 1, 1)),  # one output pixel
         ("avx2", 2, 12, (1, 1, 2)),
         ("avx2", 1, 12, (1, 2, 4)),  # of the window what one pattern reads
@@ -301,27 +302,27 @@ def test_layers_go_channel_by_channel_where_the_window_fits(
 
 
 @pytest.mark.parametrize(
-    ("wide", "pool", "filters", "size", "stride", "sweep"),
+    ("wide", "channels", "size", "padding", "stride", "sweep"),
     [
-        (False, 4, 64, 12, 1, "channel_pairs"),
-        (False, 4, 64, 4, 1, "channel_pairs"),
-        (False, 12, 128, 12, 1, "channel_pairs"),
-        (False, 12, 64, 8, 1, "filters"),
-        (False, 4, 8, 8, 1, "filters"),
-        (False, 4, 64, 12, 2, "channels"),
-        (True, 12, 64, 7, 1, "channel_pairs"),
-        (True, 4, 8, 2, 1, "channel_pairs"),
-        (True, 4, 64, 12, 2, "channel_pairs"),
-        (True, 4, 64, 1, 1, "channels"),
+        (False, 64, 12, 1, 1, "channel_pairs"),
+        (False, 64, 8, 1, 1, "channels"),
+        (False, 64, 9, 0, 1, "channel_pairs"),  # a strip
+        (False, 16, 12, 1, 1, "filters"),
+        (False, 16, 12, 1, 2, "channel_pairs"),
+        (False, 64, 12, 1, 2, "channel_pairs"),
+        (True, 16, 12, 1, 1, "channel_pairs"),
+        (True, 64, 7, 1, 1, "channel_pairs"),
+        (True, 64, 2, 1, 1, "channel_pairs"),
+        (True, 64, 12, 1, 2, "channel_pairs"),
+        (True, 64, 1, 1, 1, "channels"),
     ],
 )
-def test_pairs_of_pixels_where_registers_are_wide_or_nothing_is_wasted(
-    monkeypatch: pytest.MonkeyPatch, wide: bool, pool: int, filters: int, size: int, stride: int, sweep: str
+def test_pairs_of_pixels_where_registers_are_wide_or_little_is_padding(
+    monkeypatch: pytest.MonkeyPatch, wide: bool, channels: int, size: int, padding: int, stride: int, sweep: str
 ) -> None:
     monkeypatch.setattr(tuning, "instruction_set", lambda: "avx512")
     monkeypatch.setattr(tuning, "wide_registers", lambda: wide)
-    monkeypatch.setattr(passes, "cache_bytes", lambda level: 32768)
-    made = Case(official_pool(pool), filters, 16, 16, (size, size), (stride,) * 2, (1, 1), 0.3, seed=0).plan()
+    made = Case(official_pool(4), 64, channels, 16, (size, size), (stride,) * 2, (padding,) * 2, 0.3, seed=0).plan()
     assert tuning.estimate(Layer.forward(made), 1).sweep == sweep
 
 
@@ -338,7 +339,7 @@ def test_small_outputs_are_one_tile_where_a_tile_can_be_as_large(
 
 
 @pytest.mark.parametrize(("wide", "blocks", "size", "stride", "sweep"), [
-    (True, 2, 8, 1, "filter_blocks"), (True, 1, 8, 1, "channel_pairs"), (False, 2, 8, 1, "channel_pairs"),
+    (True, 2, 8, 1, "filter_blocks"), (True, 1, 8, 1, "channel_pairs"), (False, 2, 8, 1, "channels"),
     (True, 2, 16, 1, "channel_pairs"), (True, 2, 8, 2, "channel_pairs"), (True, 2, 1, 1, "channels"),
 ])  # fmt: skip
 def test_small_images_of_two_blocks_share_registers_where_those_are_wide(

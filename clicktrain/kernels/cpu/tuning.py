@@ -26,7 +26,7 @@ from clicktrain.kernels.cpu import codegen
 from clicktrain.kernels.cpu.codegen import Register
 from clicktrain.kernels.cpu.layer import Layer
 from clicktrain.kernels.cpu.library import function, instruction_set, wide_registers
-from clicktrain.kernels.cpu.passes import MOST_CHANNELS, Choice, cuts, filters_at_once, prepare, streams, taps_tile
+from clicktrain.kernels.cpu.passes import MOST_CHANNELS, Choice, cuts, prepare, streams, taps_tile
 
 CHANNEL_BLOCK = {"avx512": 128, "avx2": 64, "portable": 64}
 POINTWISE_CHANNEL_BLOCK = 128
@@ -37,7 +37,7 @@ longer lists pay more."""
 BAND_PIXELS = 16
 LEARNT_RUNS = 1024
 ROUNDS = 5
-VERSION = 7
+VERSION = 8
 """Of the candidates: choices on disk are of one version of these and of the C++ sources."""
 _FMA_LATENCY = 4
 _SUMS = {"avx512": 24, "avx2": 10, "portable": 8}
@@ -46,12 +46,12 @@ _SUMS_UNDER_WAY = 3
 _PASSING_ENTRIES = 4
 _SHORT_RUN, _SMALL_IMAGE = 10.0, 64
 """Kernels of a channel with the same pattern, and output pixels, where AVX2 profits from larger tiles."""
-_LONG_RUN = 2.0
-"""Kernels of a part with the same channel and pattern from which on the loop over them costs little."""
-_PAIRS_FROM, _PAIRS_FROM_WITH_SHORT_RUNS = (16, 17), 65
-"""Output pixels from which on pairs were faster than going filter by filter, on images of 2 x 2 to 56 x 56, where 512
-bits are computed in two steps: in sparse and in dense layers."""
-
+_PAIRS_FROM, _PAIRS_FROM_WITHOUT_PADDING = 65, 4
+"""Output pixels from which on pairs of them are faster than single ones where 512 bits are computed in two steps: on
+images, and on strips of images. 16 x 16 to 2 x 2 pixels at 2.25x to 12x on a family 25, model 17 EPYC: single pixels
+gained 1.03 to 1.18x on 4 x 4, 1.0 to 1.25x on 7 x 7, and 0.93 to 1.07x on 8 x 8."""
+_FEW_CHANNELS = 16
+"""Whose window the first-level cache holds, so that there going by filters was faster: 1.06 to 1.28x with 32 x 32."""
 _BLOCKS_UP_TO = 200, 64
 """Output pixels up to which registers of two blocks were fastest, of 1x1 layers last: four blocks at 2.25x and 8.1x on
 an Intel Xeon (family 6, model 85) gained 1.1 to 1.7x on 2 x 2 to 8 x 8, 1.0 to 1.1x on 14 x 14, and -13 to +8 % on
@@ -125,10 +125,8 @@ def estimate(layer: Layer, blocks: int) -> Choice:
     if _suits_blocks(layer, blocks):
         return _by_filter(layer, blocks)[0]
     by_channel = _by_channel(layer)
-    if by_channel and (instruction_set() == "avx2" or _suits_pairs(layer)):
+    if by_channel and (instruction_set() == "avx2" or _suits_channels(layer, by_channel[0].tile)):
         return by_channel[0]
-    if by_channel and (max(layer.stride) > 1 or by_channel[-1].tile[1:] == layer.out_size):
-        return by_channel[-1]  # "channels": few registers for the window of a stride, or a whole small image
     return _by_filter(layer, blocks)[0]
 
 
@@ -283,10 +281,9 @@ def _by_channel(layer: Layer) -> list[Choice]:
 
     if instruction_set() == "avx2":
         return [choice("channels", tile) for tile in _passing_tiles(layer)]
-    return [
-        *(choice("channel_pairs", tile) for tile in _pair_tiles(layer)),
-        *(choice("channels", tile) for tile in _window_tiles(layer)[:1]),
-    ]
+    pairs = [choice("channel_pairs", tile) for tile in _pair_tiles(layer)]
+    single = [choice("channels", tile) for tile in _window_tiles(layer)[:1]]
+    return [*pairs, *single] if _suits_pairs(layer) else [*single, *pairs]
 
 
 def _passing_tiles(layer: Layer) -> list[Tile]:
@@ -308,15 +305,24 @@ def _passing_tiles(layer: Layer) -> list[Tile]:
 
 def _window_tiles(layer: Layer) -> list[Tile]:
     """Return the tiles whose window fits into the registers beside weights and sums, the largest first."""
-    (s, t), k = layer.stride, layer.kernel_size
     tiles = [
         (1, r, c)
         for r, c in product((1, 2, 3, 4), repeat=2)
-        if ((r - 1) * s + k) * ((c - 1) * t + k) + layer.entries + _SUMS_UNDER_WAY <= _REGISTERS
+        if _reads(layer, 0, r) * _reads(layer, 1, c) + layer.entries + _SUMS_UNDER_WAY <= _REGISTERS
         and r <= layer.out_size[0]
         and c <= layer.out_size[1]
     ]
     return sorted(tiles, key=lambda tile: (tile[1] * tile[2], tile[2]), reverse=True)
+
+
+def _reads(layer: Layer, axis: int, tile: int) -> int:
+    """Return how many input pixels along an axis a tile reads at most: padding is none."""
+    stride, padding, end = layer.stride[axis], layer.padding[axis], layer.in_size[axis]
+    windows = [
+        (start * stride - padding, (start + length - 1) * stride - padding + layer.kernel_size)
+        for start, length in cuts(layer.out_size[axis], tile, 1)
+    ]
+    return max(min(last, end) - max(first, 0) for first, last in windows)
 
 
 def _pair_tiles(layer: Layer) -> list[Tile]:
@@ -333,18 +339,22 @@ def _pairs(width: int, tile: int) -> int:
 
 
 def _suits_pairs(layer: Layer) -> bool:
-    """Tell whether pairs of pixels are fastest.
+    """Tell whether sweeps by channel are faster on pairs of pixels than on single ones.
 
-    They are where 512 bits are computed at once. Else they must waste nothing: no pair sticks out, few taps read
-    padding, and runs are long.
+    They are where 512 bits are computed at once. Else they are with a stride, whose window would take twice the
+    registers, and on images of which little is padding.
     """
-    tiles = _pair_tiles(layer)
-    if wide_registers() or not tiles:
-        return bool(tiles)
     height, width = layer.out_size
-    run = min(layer.filters, filters_at_once(tiles[0])) * _density(layer) / len(layer.patterns)
-    pixels = _PAIRS_FROM[_density(layer) > DENSE] if run >= _LONG_RUN else _PAIRS_FROM_WITH_SHORT_RUNS
-    return max(layer.stride) == 1 and 2 * _pairs(width, tiles[0][2]) == width and height * width >= pixels
+    least = _PAIRS_FROM if any(layer.padding) else _PAIRS_FROM_WITHOUT_PADDING
+    return wide_registers() or max(layer.stride) > 1 or height * width >= least
+
+
+def _suits_channels(layer: Layer, tile: Tile) -> bool:
+    """Tell whether going channel by channel, on such tiles, is the fastest for AVX-512."""
+    height, width = layer.out_size
+    if wide_registers() or layer.channels > _FEW_CHANNELS or _density(layer) > DENSE or height * width < _PAIRS_FROM:
+        return layer.kernel_size == 3 or max(layer.stride) > 1 or tile[1:] == layer.out_size
+    return max(layer.stride) > 1
 
 
 def _suits_blocks(layer: Layer, blocks: int) -> bool:
