@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from clicktrain import blocked, models
 from clicktrain.assignment import Assignment
 from clicktrain.blocked import BlockedTensor
 from clicktrain.conversion import convert, to_dense
-from clicktrain.kernels.cpu import library
+from clicktrain.kernels.cpu import blocked_ops, library
 from clicktrain.layers import PatternConv2d
 from clicktrain.models.blocks import BasicBlock, Bottleneck
 from clicktrain.models.resnet import ResNet
@@ -192,6 +193,24 @@ class TestWhatStaysBlocked:
         seen = self.kinds(prune(models.create("vgg11", 10, width=0.125)), torch.randn(8, 3, 32, 32))
         assert all(is_blocked for name, is_blocked in seen.items() if name.startswith("features"))
         assert not any(is_blocked for name, is_blocked in seen.items() if name.startswith("classifier"))
+
+    def test_between_a_normalisation_and_its_pooling_nothing_is_computed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls: list[str] = []
+        for name in ("affine", "max_pool", "max_pool_backward", "batch_norm_backward"):
+            function = getattr(blocked_ops, name)
+
+            def counted(*args: Any, name: str = name, function: Callable[..., Any] = function, **more: Any) -> Any:
+                calls.append(name)
+                return function(*args, **more)
+
+            monkeypatch.setattr(blocked_ops, name, counted)
+        model = prune(models.create("vgg11", 10, width=0.125))
+        model(torch.randn(8, 3, 32, 32)).sum().backward()
+        pools = sum(isinstance(layer, nn.MaxPool2d) for layer in model.modules())
+        norms = sum(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
+        assert {name: calls.count(name) for name in set(calls)} == {
+            "affine": norms - pools, "max_pool": pools, "batch_norm_backward": norms
+        }  # fmt: skip
 
     def test_after_an_unknown_layer_the_next_pattern_convolution_packs_again(self) -> None:
         model = prune(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sigmoid(), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3)))
@@ -387,6 +406,35 @@ class TestBlockedTensor:
             (torch.relu(y) + 3 * y).square().sum().backward()
             gradients.append(leaf.grad)
         assert relative(*gradients) < 1e-5
+
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize(
+        "pooled",
+        [
+            lambda y: F.max_pool2d(F.relu(y), 2),
+            lambda y: F.max_pool2d(F.relu(y, inplace=True), 2),
+            lambda y: F.max_pool2d(F.relu(y), 3, 2, 1),
+            lambda y: F.max_pool2d(y, 2),
+            lambda y: F.max_pool2d(F.relu(y + y.square()), 2),
+            lambda y: F.max_pool2d((r := F.relu(y)), 2) + r[:, :, :2, :3],
+            lambda y: F.relu(F.max_pool2d(F.relu(F.relu(y) - 0.1), 2)),
+        ],
+    )
+    def test_a_deferred_normalisation_may_be_pooled(self, training: bool, pooled: Callable[[Tensor], Tensor]) -> None:
+        made = []
+        for wrap in (blocked.pack, lambda t: t):
+            norm = nn.BatchNorm2d(3).train(training)
+            with torch.no_grad():
+                norm.weight.copy_(torch.tensor([1.0, -2.0, 0.5]))
+                norm.bias.copy_(torch.tensor([0.1, -0.3, 2.0]))
+            leaf = self.x.clone().requires_grad_()
+            y = pooled(norm(wrap(leaf)))
+            (y * torch.arange(float(y.numel())).view(y.shape).sin()).sum().backward()
+            made.append((y.detach(), leaf.grad, norm.weight.grad, norm.bias.grad))
+        for result, truth in zip(*made, strict=True):
+            assert result is not None
+            assert truth is not None
+            assert relative(blocked.plain(result), truth) < 1e-5
 
     def test_second_derivatives(self) -> None:
         made = []

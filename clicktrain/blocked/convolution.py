@@ -66,7 +66,9 @@ def _dense_forward(
         return BlockedTensor.wrap(cpu.pack(y.contiguous()), tuple(y.shape))
     made = _dense_plan(tuple(weight.shape), tuple(x.shape), tuple(stride), tuple(padding))
     y = cpu.forward_blocked(blocked(x), weight.reshape(made.values_shape), made)
-    return BlockedTensor.wrap(y if bias is None else Affine(y, len(x), torch.ones_like(bias), bias), made.output_shape)
+    return BlockedTensor.wrap(
+        y if bias is None else Affine(y, len(x), torch.ones_like(bias), bias.clone()), made.output_shape
+    )
 
 
 @handles(aten.convolution_backward.default)

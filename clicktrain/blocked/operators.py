@@ -1,8 +1,9 @@
 """What stays blocked: the operators of convolutional networks, forward and backward, on BlockedTensors.
 
-Batch normalisation computes its statistics at once but defers the normalisation itself, so that the addition and the
-ReLU that follow it in most networks take part in one pass over memory; likewise, the backward of a ReLU waits for the
-normalisation's. All of it is below autograd: the derivatives are PyTorch's own formulas.
+Batch normalisation computes its statistics at once but defers the normalisation itself, so that the addition, the
+ReLU and the pooling that follow it in most networks take part in one pass over memory; likewise, the backward of a
+pooling and of a ReLU wait for the normalisation's. All of it is below autograd: the derivatives are PyTorch's own
+formulas.
 """
 
 from __future__ import annotations
@@ -33,36 +34,56 @@ def handles(operator: Any) -> Callable[[Handler], Handler]:
 
 @dataclass(frozen=True)
 class Affine:
-    """Deferred scale * x + shift (+ residual) by channel."""
+    """Deferred scale * x + shift (+ residual) by channel, perhaps with a ReLU behind it."""
 
     x: Tensor
     images: int
     scale: Tensor
     shift: Tensor
     residual: Tensor | None = None
+    relu: bool = False
 
-    def compute(self, relu: bool = False) -> Tensor:
-        """Compute it, with a ReLU behind it if asked for."""
-        return blocked_ops.affine(self.x, self.images, self.scale, self.shift, self.residual, relu)
+    def compute(self) -> Tensor:
+        """Compute it."""
+        return blocked_ops.affine(self.x, self.images, self.scale, self.shift, self.residual, self.relu)
+
+
+@dataclass(frozen=True)
+class PoolGradient:
+    """Deferred gradient behind a max pooling, whose maxima came from `places`."""
+
+    dy: Tensor
+    places: Tensor
+    window: blocked_ops.Window
+
+    def compute(self) -> Tensor:
+        """Compute it."""
+        w = self.window
+        return blocked_ops.max_pool_backward(self.dy, self.places, (w.height, w.width), w.size, w.stride, w.padding)
 
 
 @dataclass(frozen=True)
 class ReluGradient:
     """Deferred gradient behind a ReLU: `dy` where its result `y` is positive; `argument`: what `y` is the ReLU of."""
 
-    dy: Tensor
-    y: Tensor
+    dy: Activation
+    y: Activation
     argument: Affine | None
 
     def compute(self) -> Tensor:
         """Compute it."""
-        result: Tensor = aten.threshold_backward(self.dy, self.y, 0)
+        result: Tensor = aten.threshold_backward(self.dy.blocked(), self.y.blocked(), 0)
         return result
 
 
+def activation(x: Tensor) -> Activation:
+    """Return the memory of a BlockedTensor, or of a plain tensor, packed."""
+    return x.activation if isinstance(x, BlockedTensor) else Activation(len(x), backend.pack(x.contiguous()))
+
+
 def blocked(x: Tensor) -> Tensor:
-    """Return the blocked memory of a BlockedTensor, or of a plain tensor, packed."""
-    return x.activation.blocked() if isinstance(x, BlockedTensor) else backend.pack(x.contiguous())
+    """Return the blocked tensor of a BlockedTensor, or of a plain tensor, packed."""
+    return activation(x).blocked()
 
 
 def _deferred_affine(x: Tensor) -> Affine | None:
@@ -83,13 +104,13 @@ def _view(x: BlockedTensor, size: Sequence[int]) -> Tensor | None:
 # Elementwise ------------------------------------------------------------------------------------------------------
 
 
-def _rectified(x: BlockedTensor) -> tuple[Tensor, Affine | None]:
+def _rectified(x: BlockedTensor) -> tuple[Tensor | Affine, Affine | None]:
     """Return the ReLU of x and, for its backward, what x is if that was deferred."""
     affine = _deferred_affine(x)
-    if affine is None:
+    if affine is None or affine.relu:
         return torch.relu(blocked(x)), None
     remembered = affine.residual is None and torch.is_grad_enabled()
-    return affine.compute(relu=True), affine if remembered else None
+    return replace(affine, relu=True), affine if remembered else None
 
 
 @handles(aten.relu.default)
@@ -111,7 +132,7 @@ def _threshold_backward(dy: Tensor, y: Tensor, threshold: float) -> Tensor | Non
         return None
     argument = y.activation.relu_of if isinstance(y, BlockedTensor) else None
     return BlockedTensor.wrap(
-        ReluGradient(blocked(dy), blocked(y), argument if isinstance(argument, Affine) else None), tuple(y.shape)
+        ReluGradient(activation(dy), activation(y), argument if isinstance(argument, Affine) else None), tuple(y.shape)
     )
 
 
@@ -122,11 +143,11 @@ def _sum_of(x: Tensor, other: Tensor, alpha: float) -> Tensor | Affine | None:
     if other.shape == x.shape:
         for one, two in ((x, other), (other, x)):
             affine = _deferred_affine(one)
-            if affine is not None and affine.residual is None:
+            if affine is not None and affine.residual is None and not affine.relu:
                 return replace(affine, residual=blocked(two))
         return blocked(x) + blocked(other)
     if isinstance(x, BlockedTensor) and other.shape[-3:] == (x.shape[1], 1, 1) and other.numel() == x.shape[1]:
-        return Affine(blocked(x), len(x), torch.ones_like(other).flatten(), other.flatten())
+        return Affine(blocked(x), len(x), torch.ones_like(other).flatten(), other.flatten().clone())
     return None
 
 
@@ -199,20 +220,29 @@ def _batch_norm_backward(
         return None
     if not training:
         mean, invstd = _running(running_mean, running_var, eps)
-    deferred = dy.activation.deferred if isinstance(dy, BlockedTensor) else None
-    relu = deferred if isinstance(deferred, ReluGradient) else None
-    memory = blocked(x)
-    argument = relu.argument if relu is not None else None
     dx, dweight, dbias = blocked_ops.batch_norm_backward(
-        blocked(dy) if relu is None else relu.dy, memory, len(x), mean, invstd, weight, training, output_mask[0],
-        None if relu is None else relu.y,
-        (argument.scale, argument.shift) if argument is not None and argument.x is memory else None,
+        x=blocked(x), images=len(x), mean=mean, invstd=invstd, weight=weight, training=training,
+        needs_input=output_mask[0], **_behind(activation(dy), blocked(x)),
     )  # fmt: skip
     return (
         None if dx is None else BlockedTensor.wrap(dx, tuple(x.shape)),
         dweight if output_mask[1] else None,
         dbias if output_mask[2] else None,
     )
+
+
+def _behind(gradient: Activation, x: Tensor) -> dict[str, Any]:
+    """Return the gradient, and what of the operators behind the normalisation of `x` takes part in its backward."""
+    relu = gradient.deferred
+    if not isinstance(relu, ReluGradient):
+        return {"dy": gradient.blocked()}
+    argument, pool = relu.argument, relu.dy.deferred
+    if argument is None or argument.x is not x:
+        return {"dy": relu.dy.blocked(), "relu_output": relu.y.blocked()}
+    affine = {"relu_affine": (argument.scale, argument.shift)}
+    if isinstance(pool, PoolGradient) and pool.window.halves:
+        return {"dy": pool.dy, "places": pool.places, **affine}
+    return {"dy": relu.dy.blocked(), **affine}
 
 
 def _running(mean: Tensor | None, variance: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
@@ -256,8 +286,13 @@ def _max_pool(
     geometry = (_pair(size), _pair(stride or size), _pair(padding))
     if ceil_mode or set(dilation) != {1} or geometry[0][0] * geometry[0][1] > 256:
         return None
-    memory = blocked(x)
-    y, places = blocked_ops.max_pool(memory, *geometry)
+    affine = _deferred_affine(x)
+    if affine is None or affine.residual is not None:
+        memory = blocked(x)
+        y, places = blocked_ops.max_pool(memory, len(x), *geometry)
+    else:
+        memory = affine.x
+        y, places = blocked_ops.max_pool(memory, len(x), *geometry, (affine.scale, affine.shift), affine.relu)
     shape = (*x.shape[:2], *y.shape[2:4])
     indices = Places(len(x), places, blocked_ops.Window.over(memory, *geometry))
     return BlockedTensor.wrap(y, shape), BlockedTensor(indices, shape, torch.int64)
@@ -271,11 +306,7 @@ def _max_pool_backward(
     places = indices.activation if isinstance(indices, BlockedTensor) else None
     if not isinstance(places, Places):
         return None
-    window = places.window
-    dx = blocked_ops.max_pool_backward(
-        blocked(dy), places.places, (window.height, window.width), window.size, window.stride, window.padding
-    )
-    return BlockedTensor.wrap(dx, tuple(x.shape))
+    return BlockedTensor.wrap(PoolGradient(blocked(dy), places.places, places.window), tuple(x.shape))
 
 
 # Averages are those of 3-d pooling on the blocked memory, (height, width, lane) taken as its three axes.

@@ -158,6 +158,48 @@ def windows(draw: st.DrawFn) -> tuple[tuple[int, int], tuple[int, int], tuple[in
 
 
 @several
+@given(activations(), st.booleans(), st.booleans())
+def test_batch_norm_backward_through_relu_and_pooling(x: Tensor, training: bool, special: bool) -> None:
+    x = F.pad(x / x.abs().mean(), (0, 1, 0, 1))  # 2 x 2 at least, and each kind of odd edge
+    c = x.shape[1]
+    statistics = torch.randn(c), torch.rand(c) + 0.5
+    scale, shift = torch.randn(c), torch.randn(c)
+    if special:  # all of some windows is negative, and equal after the ReLU
+        x[..., ::3] = -(shift[:, None, None] + 1) / scale[:, None, None]
+    pooled, places = blocked_ops.max_pool(blocked(x), len(x), (2, 2), (2, 2), (0, 0), (scale, shift), relu=True)
+    dy = torch.randn(len(x), c, *pooled.shape[2:4])
+    between = blocked_ops.max_pool_backward(blocked(dy), places, (x.shape[2], x.shape[3]), (2, 2), (2, 2), (0, 0))
+    rest = (blocked(x), len(x), *statistics, scale, training)
+    truth = blocked_ops.batch_norm_backward(between, *rest, relu_affine=(scale, shift))
+    result = blocked_ops.batch_norm_backward(blocked(dy), *rest, relu_affine=(scale, shift), places=places)
+    invstd, of_input = float(statistics[1].max()), float(dy.norm() * scale.abs().max())
+    of_sums = float(dy.norm()) * x.numel() ** 0.5  # their terms may cancel
+    tolerances = 2e-5 * of_input * invstd, 1e-6 * of_sums * invstd, 1e-6 * of_sums
+    for one, other, tolerance in zip(result, truth, tolerances, strict=True):
+        assert one is not None
+        assert other is not None
+        assert float((one.double() - other.double()).norm()) <= tolerance + 1e-9
+
+
+@several
+@given(activations(), windows(), st.booleans(), st.booleans())
+def test_max_pool_of_an_affine_function(
+    x: Tensor, window: tuple[tuple[int, int], ...], relu: bool, special: bool
+) -> None:
+    size, stride, padding = window
+    if x.shape[2] + 2 * padding[0] < size[0] or x.shape[3] + 2 * padding[1] < size[1]:
+        return
+    if special:
+        x.flatten()[::5] = float("nan")
+    affine = torch.randn(x.shape[1]), torch.randn(x.shape[1])
+    between = blocked_ops.affine(blocked(x), len(x), *affine, None, relu)
+    truth, places_there = blocked_ops.max_pool(between, len(x), size, stride, padding)
+    y, places = blocked_ops.max_pool(blocked(x), len(x), size, stride, padding, affine, relu)
+    assert torch.equal(y.nan_to_num(7e7), truth.nan_to_num(7e7))
+    assert torch.equal(places, places_there)
+
+
+@several
 @given(activations(), windows(), st.booleans())
 def test_max_pool_and_its_backward(x: Tensor, window: tuple[tuple[int, int], ...], special: bool) -> None:
     size, stride, padding = window
@@ -169,7 +211,7 @@ def test_max_pool_and_its_backward(x: Tensor, window: tuple[tuple[int, int], ...
         x.flatten()[::5] = float("nan")
     x.requires_grad_()
     truth = F.max_pool2d(x, size, stride, padding)
-    y, places = blocked_ops.max_pool(blocked(x.detach()), size, stride, padding)
+    y, places = blocked_ops.max_pool(blocked(x.detach()), len(x), size, stride, padding)
     assert torch.equal(unblocked(y, len(x)).nan_to_num(7e7), truth.detach().nan_to_num(7e7))
     dy = torch.randn_like(truth)
     truth.backward(dy)
@@ -197,9 +239,14 @@ def results() -> list[Tensor]:
     mean, invstd = blocked_ops.batch_statistics(x, 13, EPS, 0.1, *running)
     y = blocked_ops.affine(x, 13, scale, shift, r, True)
     backward = blocked_ops.batch_norm_backward(dy, x, 13, mean, invstd, scale, True, relu_output=y)
-    pooled, places = blocked_ops.max_pool(x, (3, 3), (2, 2), (1, 1))
+    pooled, places = blocked_ops.max_pool(x, 13, (3, 3), (2, 2), (1, 1))
     spread = blocked_ops.max_pool_backward(pooled, places, (23, 25), (3, 3), (2, 2), (1, 1))
-    made = [mean, invstd, *running, y, *backward, pooled, places, spread, blocked_ops.channel_sums(x, 13)]
+    halved, whence = blocked_ops.max_pool(x, 13, (2, 2), (2, 2), (0, 0), (scale, shift), relu=True)
+    through = blocked_ops.batch_norm_backward(
+        halved, x, 13, mean, invstd, scale, True, relu_affine=(scale, shift), places=whence
+    )
+    made = [mean, invstd, *running, y, *backward, pooled, places, spread, halved, whence, *through]
+    made.append(blocked_ops.channel_sums(x, 13))
     return [tensor for tensor in made if tensor is not None]
 
 

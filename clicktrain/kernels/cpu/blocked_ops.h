@@ -10,6 +10,7 @@
 namespace CLICKTRAIN_ISA {
 
 typedef int32_t Mask __attribute__((vector_size(32)));
+typedef uint8_t Places __attribute__((vector_size(8), aligned(1), may_alias));  // a place in a window for each lane
 
 constexpr int64_t kTile = 512;  // pixels that are summed in float32: 16 KB, half of a first-level cache
 
@@ -119,11 +120,35 @@ struct Normalisation {
   // A ReLU behind the normalisation, if any, is given by its output y, or by the scale and shift that its input was
   // computed with; then it is computed once more from x, which saves reading y.
   const float *y, *scale, *shift;
-  float* dx;  // null: not needed
+  // Places of the maxima of 2 x 2, if that ReLU (of scale and shift) was pooled: dy then is the pooling's gradient.
+  const uint8_t* places;
+  int64_t width;  // of x
+  float* dx;      // null: not needed
   float *dweight, *dbias;
 };
 
 enum class Relu { none, output, affine };
+
+// dx of a channel, once the sums are known:
+// weight * invstd * (g - sum_g / count - (x - mean) * invstd^2 * sum_gx / count)
+struct InputGradient {
+  Vec factor, offset, slope, centre;
+
+  InputGradient(const Batch& batch, const Normalisation& n, int64_t c, double sum_g, double sum_gx) {
+    const double invstd = n.invstd[c], count = static_cast<double>(batch.images * batch.pixels);
+    factor = broadcast(static_cast<float>((n.weight ? n.weight[c] : 1) * invstd));
+    offset = broadcast(static_cast<float>(n.training ? sum_g / count : 0));
+    slope = broadcast(static_cast<float>(n.training ? sum_gx / count * invstd * invstd : 0));
+    centre = broadcast(n.mean[c]);
+  }
+
+  CLICKTRAIN_INLINE Vec of(Vec g, Vec x) const { return factor * (g - offset - slope * (x - centre)); }
+};
+
+CLICKTRAIN_INLINE void store_sums(const Normalisation& n, int64_t c, double sum_g, double sum_gx) {
+  n.dbias[c] = static_cast<float>(sum_g);
+  n.dweight[c] = static_cast<float>(sum_gx * n.invstd[c]);
+}
 
 // Backward of one channel: one pass for the sums, and one back for dx, so that it starts with what is in cache.
 template <Relu relu_by>
@@ -134,7 +159,6 @@ CLICKTRAIN_INLINE void normalisation_backward(const Batch& batch, const Normalis
     if (relu_by == Relu::output) return relu_gradient(g, load(n.y + at));
     return relu_by == Relu::affine ? relu_gradient(g, scale * x + shift) : g;
   };
-  const double invstd = n.invstd[c];
   const Vec centre = broadcast(n.mean[c]);
   double sum_g = 0, sum_gx = 0;
   for_tiles(batch, c, [&](int64_t, int64_t at, int64_t pixels) {
@@ -150,29 +174,103 @@ CLICKTRAIN_INLINE void normalisation_backward(const Batch& batch, const Normalis
     sum_g += sum(sums[0] + sums[1]);
     sum_gx += sum(products[0] + products[1]);
   });
-  n.dbias[c] = static_cast<float>(sum_g);
-  n.dweight[c] = static_cast<float>(sum_gx * invstd);
+  store_sums(n, c, sum_g, sum_gx);
   if (!n.dx) return;
-
-  // dx = weight * invstd * (g - sum_g / count - (x - mean) * invstd^2 * sum_gx / count)
-  const double count = static_cast<double>(batch.images * batch.pixels);
-  const double constant = n.training ? sum_g / count : 0, slope = n.training ? sum_gx / count * invstd * invstd : 0;
-  const Vec factor = broadcast(static_cast<float>((n.weight ? n.weight[c] : 1) * invstd));
-  const Vec k = broadcast(static_cast<float>(slope)), offset = broadcast(static_cast<float>(constant));
+  const InputGradient input(batch, n, c, sum_g, sum_gx);
   for (int64_t block = batch.blocks() - 1; block >= 0; --block) {
     const Mask mask = batch.mask(block);
     const int64_t begin = batch.plane(block, c);
     for (int64_t i = begin + (batch.pixels - 1) * kLanes; i >= begin; i -= kLanes) {
       const Vec x = load(n.x + i);
-      store(n.dx + i, keep(factor * (gradient(i, x) - offset - k * (x - centre)), mask));
+      store(n.dx + i, keep(input.of(gradient(i, x), x), mask));
     }
+  }
+}
+
+// The windows of 2 x 2 pixels of a plane, of which a last odd row or column is in none.
+class Quarters {
+ public:
+  Quarters(const Batch& batch, int64_t width)
+      : width_(width), height_(batch.pixels / width), columns_(width / 2), rows_(height_ / 2) {}
+
+  int64_t count() const { return rows_ * columns_; }
+  int64_t rows_of_a_tile() const { return std::max<int64_t>(1, kTile / std::max<int64_t>(1, columns_)); }
+
+  // Call f(window, offset of its first pixel) for the windows of rows [begin, end).
+  template <typename F>
+  CLICKTRAIN_INLINE void for_windows(int64_t begin, int64_t end, const F& f) const {
+    for (int64_t row = begin; row < std::min(end, rows_); ++row)
+      for (int64_t column = 0; column < columns_; ++column)
+        f((row * columns_ + column) * kLanes, (2 * row * width_ + 2 * column) * kLanes);
+  }
+
+  // Call f(offset) for the pixels in no window.
+  template <typename F>
+  CLICKTRAIN_INLINE void for_rest(const F& f) const {
+    for (int64_t row = 0; row < height_; ++row)
+      for (int64_t column = row < 2 * rows_ ? 2 * columns_ : 0; column < width_; ++column)
+        f((row * width_ + column) * kLanes);
+  }
+
+  int64_t rows() const { return rows_; }
+  // Offset of pixel i of a window from its first one.
+  CLICKTRAIN_INLINE int64_t pixel(int i) const { return (i / 2 * width_ + i % 2) * kLanes; }
+
+ private:
+  const int64_t width_, height_, columns_, rows_;
+};
+
+// The same behind a ReLU and a max pooling: what these let through of a window's gradient goes to one of its pixels.
+inline void pooled_normalisation_backward(const Batch& batch, const Normalisation& n, int64_t c) {
+  const Quarters quarters(batch, n.width);
+  const Vec scale = broadcast(n.scale[c]), shift = broadcast(n.shift[c]), centre = broadcast(n.mean[c]);
+  const auto plane = [&](int64_t block) { return (block * batch.channels + c) * quarters.count() * kLanes; };
+  const auto place_of = [&](int64_t window) {
+    return __builtin_convertvector(*reinterpret_cast<const Places*>(n.places + window), Mask);
+  };
+  const auto gradient = [&](int64_t window, Vec x) { return relu_gradient(load(n.dy + window), scale * x + shift); };
+  double sum_g = 0, sum_gx = 0;
+  for (int64_t block = 0; block < batch.blocks(); ++block) {
+    const float* const x = n.x + batch.plane(block, c);
+    for (int64_t row = 0; row < quarters.rows(); row += quarters.rows_of_a_tile()) {
+      Vec sums = {}, products = {};
+      quarters.for_windows(row, row + quarters.rows_of_a_tile(), [&](int64_t window, int64_t at) {
+        const Mask place = place_of(plane(block) + window);
+        Vec largest = load(x + at);
+        for (int i = 1; i < 4; ++i) largest = place == i ? load(x + at + quarters.pixel(i)) : largest;
+        const Vec g = gradient(plane(block) + window, largest);
+        sums += g;
+        products += g * (largest - centre);
+      });
+      sum_g += sum(sums);
+      sum_gx += sum(products);
+    }
+  }
+  store_sums(n, c, sum_g, sum_gx);
+  if (!n.dx) return;
+  const InputGradient input(batch, n, c, sum_g, sum_gx);
+  for (int64_t block = batch.blocks() - 1; block >= 0; --block) {
+    const Mask mask = batch.mask(block);
+    const float* const x = n.x + batch.plane(block, c);
+    float* const dx = n.dx + batch.plane(block, c);
+    quarters.for_windows(0, quarters.rows(), [&](int64_t window, int64_t at) {
+      const Mask place = place_of(plane(block) + window);
+      for (int i = 0; i < 4; ++i) {
+        const Vec v = load(x + at + quarters.pixel(i));
+        const Vec g = keep(gradient(plane(block) + window, v), place == i);
+        store(dx + at + quarters.pixel(i), keep(input.of(g, v), mask));
+      }
+    });
+    quarters.for_rest([&](int64_t at) { store(dx + at, keep(input.of(Vec{}, load(x + at)), mask)); });
   }
 }
 
 inline void normalisation_backward(const Batch& batch, const Normalisation& n, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t c = 0; c < batch.channels; ++c) {
-    if (n.scale)
+    if (n.places)
+      pooled_normalisation_backward(batch, n, c);
+    else if (n.scale)
       normalisation_backward<Relu::affine>(batch, n, c);
     else if (n.y)
       normalisation_backward<Relu::output>(batch, n, c);
@@ -218,18 +316,16 @@ struct Window {
   int64_t output() const { return out_height * out_width * kLanes; }
 };
 
-typedef uint8_t Places __attribute__((vector_size(8), aligned(1), may_alias));  // a place in the window for each lane
-
-// One plane (a channel of a block): the maximum over each window and its place there. The first of equal values
+// One plane (a channel of a block): the maximum of f(x) over each window and its place there. The first of equal values
 // wins and NaN counts as the largest, as in torch.
-template <int Size>
-void max_pool_plane(const Window& w, const float* x, float* y, uint8_t* places) {
+template <int Size, typename F>
+CLICKTRAIN_INLINE void max_pool_plane(const Window& w, const float* x, const F& f, float* y, uint8_t* places) {
   for (int64_t row = 0; row < w.out_height; ++row)
     for (int64_t column = 0; column < w.out_width; ++column, y += kLanes, places += kLanes) {
       Vec best = broadcast(-__builtin_inff());
       Mask place = Mask{} - 1;
       w.for_pixels<Size>(row, column, [&](int32_t index, int64_t at) {
-        const Vec v = load(x + at);
+        const Vec v = f(load(x + at));
         const Mask larger = (v > best) | (v != v) | (place < 0);
         best = larger ? v : best;
         place = larger ? Mask{} + index : place;
@@ -253,10 +349,33 @@ void max_pool_backward_plane(const Window& w, const float* dy, const uint8_t* pl
     }
 }
 
-inline void max_pool(const Window& w, int64_t planes, const float* x, float* y, uint8_t* places, int threads) {
+// Of x or, if there is a scale, of scale * x + shift, with a ReLU behind it if asked for.
+struct Argument {
+  const float *x, *scale, *shift;
+  bool relu;
+};
+
+template <int Size>
+void max_pool_plane(const Window& w, const Batch& batch, const Argument& of, int64_t p, float* y, uint8_t* places) {
+  const float* const x = of.x + p * w.input();
+  y += p * w.output();
+  places += p * w.output();
+  if (!of.scale) return max_pool_plane<Size>(w, x, [](Vec v) { return v; }, y, places);
+  const Vec scale = broadcast(of.scale[p % batch.channels]), shift = broadcast(of.shift[p % batch.channels]);
+  const Vec least = broadcast(of.relu ? 0.0f : -__builtin_inff());
+  const Mask mask = batch.mask(p / batch.channels);
+  const auto affine = [&](Vec v) {
+    const Vec result = scale * v + shift;
+    return keep(result < least ? least : result, mask);
+  };
+  max_pool_plane<Size>(w, x, affine, y, places);
+}
+
+inline void max_pool(
+    const Window& w, const Batch& batch, const Argument& of, float* y, uint8_t* places, int threads) {
   const auto plane = w.square() == 2 ? max_pool_plane<2> : w.square() == 3 ? max_pool_plane<3> : max_pool_plane<0>;
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t p = 0; p < planes; ++p) plane(w, x + p * w.input(), y + p * w.output(), places + p * w.output());
+  for (int64_t p = 0; p < batch.blocks() * batch.channels; ++p) plane(w, batch, of, p, y, places);
 }
 
 inline void max_pool_backward(

@@ -42,6 +42,11 @@ class Window:
         out = [(e + 2 * p - k) // s + 1 for e, k, s, p in zip((height, width), size, stride, padding, strict=True)]
         return cls(height, width, out[0], out[1], size, stride, padding)
 
+    @property
+    def halves(self) -> bool:
+        """Whether the windows are 2 x 2 pixels that no other window has."""
+        return self.size == self.stride == (2, 2) and self.padding == (0, 0)
+
     def as_c(self) -> ctypes.Array[ctypes.c_int64]:
         """Return the numbers in the order of the C structure."""
         numbers = (self.height, self.width, self.out_height, self.out_width, *self.size, *self.stride, *self.padding)
@@ -86,6 +91,7 @@ def batch_norm_backward(
     needs_input: bool = True,
     relu_output: Tensor | None = None,
     relu_affine: tuple[Tensor, Tensor] | None = None,
+    places: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Return the gradients of x, weight and bias of a batch normalisation.
 
@@ -103,14 +109,17 @@ def batch_norm_backward(
         Result of the ReLU.
     relu_affine : (Tensor, Tensor), optional
         Or the scale and shift that its input was computed with from x, which is quicker.
+    places : Tensor, optional
+        With `relu_affine`: the places of the maxima in windows that halve the ReLU's result (`Window.halves`); `dy` is
+        the gradient of those maxima then.
     """
     dx = empty(*x.shape) if needs_input else None
     dweight, dbias = torch.empty_like(mean), torch.empty_like(mean)
     scale, shift = relu_affine or (None, None)
     _function("normalisation_backward")(
         *_shape(x, images), _pointer(dy), _pointer(x), _pointer(mean), _pointer(invstd), _pointer(weight), training,
-        _pointer(relu_output), _pointer(scale), _pointer(shift), _pointer(dx), _pointer(dweight), _pointer(dbias),
-        torch.get_num_threads(),
+        _pointer(relu_output), _pointer(scale), _pointer(shift), _pointer(places), x.shape[3],
+        _pointer(dx), _pointer(dweight), _pointer(dbias), torch.get_num_threads(),
     )  # fmt: skip
     return dx, dweight, dbias
 
@@ -122,13 +131,27 @@ def channel_sums(x: Tensor, images: int) -> Tensor:
     return sums
 
 
-def max_pool(x: Tensor, size: Pair, stride: Pair, padding: Pair) -> tuple[Tensor, Tensor]:
-    """Return the maximum over each window and its place in the window, row-major, as uint8 of the same shape."""
+def max_pool(
+    x: Tensor,
+    images: int,
+    size: Pair,
+    stride: Pair,
+    padding: Pair,
+    affine: tuple[Tensor, Tensor] | None = None,
+    relu: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return the maximum over each window and its place in the window, row-major, as uint8 of the same shape.
+
+    With a scale and a shift, (C,) float32 each, what is pooled is scale * x + shift, then ReLU if asked for.
+    """
     window = Window.over(x, size, stride, padding)
     y = empty(*x.shape[:2], window.out_height, window.out_width, LANES)
     places = torch.empty(y.shape, dtype=torch.uint8)
-    planes = x.shape[0] * x.shape[1]
-    _function("max_pool")(window.as_c(), planes, _pointer(x), _pointer(y), _pointer(places), torch.get_num_threads())
+    scale, shift = affine or (None, None)
+    _function("max_pool")(
+        window.as_c(), *_shape(x, images), _pointer(x), _pointer(scale), _pointer(shift), relu, _pointer(y),
+        _pointer(places), torch.get_num_threads(),
+    )  # fmt: skip
     return y, places
 
 
@@ -152,9 +175,9 @@ _TYPES: dict[str, type[ctypes._SimpleCData[Any]]] = {
 _ARGUMENTS = {
     "batch_statistics": "lllpddppppi",
     "affine": "lllppppipi",
-    "normalisation_backward": "lllpppppippppppi",
+    "normalisation_backward": "lllpppppipppplpppi",
     "channel_sums": "lllppi",
-    "max_pool": "plpppi",
+    "max_pool": "plllpppippi",
     "max_pool_backward": "plpppi",
 }
 
