@@ -8,12 +8,13 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
+from clicktrain.kernels.cpu.accumulators import PIXELS
 from clicktrain.kernels.cpu.codegen import LANES
 from clicktrain.kernels.cpu.gradients import prepare_gradient
 from clicktrain.kernels.cpu.layer import Layer, Pair
-from clicktrain.kernels.cpu.library import Lanes
+from clicktrain.kernels.cpu.library import Lanes, instruction_set
 from clicktrain.kernels.cpu.passes import Choice, Prepared, prepare
-from clicktrain.kernels.cpu.tuning import choice_for, import_choices, tune_pass
+from clicktrain.kernels.cpu.tuning import choice_for, estimate, import_choices, tune_pass
 from clicktrain.kernels.plan import Plan
 
 GRIDS: tuple[Pair, ...] = ((1, 1), (4, 2), (2, 4), (8, 1), (1, 8))
@@ -35,14 +36,16 @@ class Packing:
 
     @classmethod
     def of(cls, layer: Layer, images: int) -> Packing:
-        """Choose the grid that computes the fewest pixels."""
+        """Choose the grid that computes the fewest pixels, in the fewest tiles."""
 
-        def pixels(grid: Pair) -> int:
+        def work(grid: Pair) -> tuple[int, int]:
             strip, _, _ = layer.strips(grid)
             blocks = -(-images // LANES) if grid == (1, 1) else images
-            return blocks * strip.out_size[0] * strip.out_size[1]
+            _, rows, columns = estimate(strip, blocks).tile
+            height, width = strip.out_size
+            return blocks * computed_pixels(strip.out_size), blocks * -(-height // rows) * -(-width // columns)
 
-        grid = min(GRIDS, key=pixels)
+        grid = min(GRIDS, key=work)
         if grid == (1, 1):
             source = whole_images(images, layer.channels, layer.in_size)
             return cls(layer, source, whole_images(images, layer.filters, layer.out_size))
@@ -52,6 +55,12 @@ class Packing:
             image_strips(images, layer.channels, layer.in_size, strip.in_size, grid, start, step),
             image_strips(images, layer.filters, layer.out_size, strip.out_size, grid, (0, 0), strip.out_size),
         )
+
+
+def computed_pixels(size: Pair) -> int:
+    """Return the pixels that are computed for a plane: where registers hold two, a last odd column counts twice."""
+    per_register = PIXELS[instruction_set()]
+    return size[0] * -(-size[1] // per_register) * per_register
 
 
 def whole_images(images: int, channels: int, size: Pair) -> Lanes:
