@@ -18,7 +18,7 @@ from clicktrain.kernels.cpu.codegen import LANES
 from clicktrain.kernels.cpu.layer import Layer, Pair
 from clicktrain.kernels.cpu.library import Lanes, Strips
 from clicktrain.kernels.cpu.passes import Choice, Prepared, prepare
-from clicktrain.kernels.cpu.runtime import GRIDS, fills_lanes, image_strips, whole_images
+from clicktrain.kernels.cpu.runtime import GRIDS, computed_pixels, fills_lanes, image_strips, whole_images
 
 IMAGES: Pair = (1, 1)
 """The grid whose lanes are whole images."""
@@ -71,7 +71,7 @@ def form_of(size: Pair, images: int) -> Form:
     if fills_lanes(images):
         return Form(IMAGES, size)
     forms = [Form(grid, (-(-size[0] // grid[0]), -(-size[1] // grid[1]))) for grid in GRIDS if grid != IMAGES]
-    return min(forms, key=lambda form: form.size[0] * form.size[1])
+    return min(forms, key=lambda form: computed_pixels(form.size))
 
 
 @cache
