@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import partial
@@ -249,18 +248,28 @@ class _Builder:
     def _prepare_convolutions(self) -> None:
         """Lay out all convolutions, in parallel because each may wait for a compiler."""
         numbers = [n for n, node in self.graph.nodes.items() if node.op == "conv" and not self._by_torch(n)]
-        calls = [partial(self._prepared, self.graph.nodes[number]) for number in numbers]
+        calls = [partial(self._prepared, number) for number in numbers]
         if self.tune:  # measurements must not disturb each other
             self._convolutions = dict(zip(numbers, (call() for call in calls), strict=True))
         else:
             self._convolutions = dict(zip(numbers, build.in_parallel(calls), strict=True))
 
-    def _prepared(self, node: Node) -> Prepared:
+    def _prepared(self, number: int) -> Prepared:
+        node = self.graph.nodes[number]
         layer, forms = self._layer(node), self._windowed(node)
         on_forms, blocks = layout.layer_on(layer, forms), forms.target.blocks(self.images)
-        choose: Callable[[Layer, int], Choice] = tune_pass if self.tune else choice_for
-        choice = self.choices[fingerprint(on_forms, blocks)] = choose(on_forms, blocks)
+        if self.tune:
+            choice = tune_pass(on_forms, blocks, pooled=self._is_halved(number))
+        else:
+            choice = choice_for(on_forms, blocks)
+        self.choices[fingerprint(on_forms, blocks)] = choice
         return layout.prepare_on(layer, forms, self.images, choice)
+
+    def _is_halved(self, number: int) -> bool:
+        """Tell whether all that reads a result is a 2 x 2 maximum."""
+        return self._uses[number] == 1 and any(
+            _halves(node) for node in self.graph.nodes.values() if number in node.inputs
+        )
 
     def _layer(self, node: Node) -> Layer:
         stride, padding = (tuple(node.attributes[key]) for key in ("stride", "padding"))
@@ -312,8 +321,7 @@ class _Builder:
         """Let the convolution before a 2 x 2 maximum write that only, if it can and nothing else reads its result."""
         source = node.inputs[0]
         found = [step for step in self.steps if step.number == source]
-        window = [tuple(node.attributes[key]) for key in ("size", "stride", "padding")]
-        if self._uses[source] > 1 or node.attributes["average"] or window != [(2, 2), (2, 2), (0, 0)]:
+        if not self._is_halved(source):
             return False
         if (source, forms.source) not in self.places or not forms.source.fits(self.graph.nodes[source].size):
             return False
@@ -383,3 +391,11 @@ class _Builder:
             for source in node.inputs
         ]
         self.steps.append(TorchStep(number, node, sources))
+
+
+def _halves(node: Node) -> bool:
+    """Tell whether a node is a maximum over 2 x 2 that a convolution may take on the way."""
+    if node.op != "pool" or node.attributes["average"]:
+        return False
+    window = [tuple(node.attributes[key]) for key in ("size", "stride", "padding")]
+    return window == [(2, 2), (2, 2), (0, 0)]

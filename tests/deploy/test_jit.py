@@ -8,7 +8,9 @@ from torch import nn
 
 from clicktrain import deploy
 from clicktrain.deploy.program import Kind, NativeStep
-from clicktrain.kernels.cpu import library
+from clicktrain.kernels.cpu import library, tuning
+from clicktrain.kernels.cpu.layer import Layer
+from clicktrain.kernels.cpu.passes import Choice
 from tests.deploy.models import alive, dense, error, prune
 
 pytestmark = pytest.mark.skipif(library.available() is not True, reason=f"{library.available()}")
@@ -101,3 +103,31 @@ def test_a_convolution_pools_on_the_way(
     unknown, most = compiled(x).isnan(), dense(model)(x).isnan()
     assert unknown.any(), "NaN is larger than anything, as in torch"
     assert not (unknown & ~most).any(), "where torch multiplies it with zeros, there may be less of it"
+
+
+@torch.no_grad()
+def test_what_is_measured_pools_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CLICKTRAIN_DISABLE_JIT")
+    if library.instruction_set() == "portable":
+        pytest.skip("sweeps of the portable build write the output themselves")
+    fastest = tuning._fastest
+    asked: list[bool] = []
+
+    def filters_win(layer: Layer, blocks: int, pooled: bool) -> Choice:
+        """Let a sweep that cannot pool on the way be the fastest."""
+        asked.append(pooled)
+        found = sorted(tuning.candidates(layer, blocks), key=lambda choice: choice.sweep != "filters")
+        with monkeypatch.context() as patch:
+            patch.setattr(tuning, "candidates", lambda *_: found)
+            patch.setattr("time.perf_counter", lambda: 0.0)  # the first one wins
+            return fastest(layer, blocks, pooled)
+
+    monkeypatch.setattr(tuning, "_fastest", filters_win)
+    monkeypatch.setattr(tuning, "_read", lambda _: None)
+    monkeypatch.setattr(tuning, "_write", lambda *_: None)
+    model, x = Pooled(nn.MaxPool2d(2), relu=True, again=False), torch.randn(8, 12, 16, 8)
+    prune(model, 0.5)
+    compiled = deploy.compile(model, x, tune=True)
+    assert asked[:2] == [True, False]
+    assert Kind.POOL not in [step.kind for step in compiled.engine.program.steps if isinstance(step, NativeStep)]
+    assert error(compiled(x), dense(model)(x)) < 1e-5

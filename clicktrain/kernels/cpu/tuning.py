@@ -26,7 +26,7 @@ from clicktrain.kernels.cpu import codegen
 from clicktrain.kernels.cpu.codegen import Register
 from clicktrain.kernels.cpu.layer import Layer
 from clicktrain.kernels.cpu.library import function, instruction_set, wide_registers
-from clicktrain.kernels.cpu.passes import MOST_CHANNELS, Choice, cuts, prepare, streams, taps_tile
+from clicktrain.kernels.cpu.passes import MOST_CHANNELS, Choice, can_pool, cuts, prepare, streams, taps_tile
 
 CHANNEL_BLOCK = {"avx512": 128, "avx2": 64, "portable": 64}
 POINTWISE_CHANNEL_BLOCK = 128
@@ -97,13 +97,18 @@ def forget() -> None:
     _choices.clear()
 
 
-def tune_pass(layer: Layer, blocks: int) -> Choice:
-    """Measure a few ways to cut up a pass and remember the fastest, in memory and on disk."""
+def tune_pass(layer: Layer, blocks: int, pooled: bool = False) -> Choice:
+    """Measure a few ways to cut up a pass and remember the fastest, in memory and on disk.
+
+    If its result will be pooled, only ways that can do so at once are measured, if there are any: what they save is
+    more than what tiles differ by.
+    """
     key = fingerprint(layer, blocks)
-    stored = _read(key)
-    _choices[key] = stored if stored is not None else _fastest(layer, blocks)
+    on_disk = f"{key}-pooled" if pooled else key
+    stored = _read(on_disk)
+    _choices[key] = stored if stored is not None else _fastest(layer, blocks, pooled)
     if stored is None:
-        _write(key, _choices[key])
+        _write(on_disk, _choices[key])
     return _choices[key]
 
 
@@ -145,23 +150,24 @@ def candidates(layer: Layer, blocks: int) -> list[Choice]:
     return list(dict.fromkeys(found))
 
 
-def _fastest(layer: Layer, blocks: int) -> Choice:
+def _fastest(layer: Layer, blocks: int, pooled: bool) -> Choice:
     """Run all candidates in turn, several times, and return the one with the best median."""
     x = torch.ones(blocks, layer.channels, *layer.in_size, 8)
     y = torch.empty(blocks, layer.filters, *layer.out_size, 8)
     values = torch.ones(len(layer.kernels.filters) * layer.entries)
-    choices = candidates(layer, blocks)
-    passes = [prepare(layer, blocks, choice) for choice in choices]
+    passes = [(choice, prepare(layer, blocks, choice)) for choice in candidates(layer, blocks)]
+    if pooled:
+        passes = [(choice, prepared) for choice, prepared in passes if can_pool(prepared)] or passes
     seconds: list[list[float]] = [[] for _ in passes]
     for _ in range(ROUNDS + 1):  # the first round warms up
-        for prepared, times in zip(passes, seconds, strict=True):
+        for (_, prepared), times in zip(passes, seconds, strict=True):
             start = time.perf_counter()
             function("convolve")(
                 prepared.address, x.data_ptr(), values.data_ptr(), y.data_ptr(), torch.get_num_threads()
             )
             times.append(time.perf_counter() - start)
     medians = [sorted(times[1:])[ROUNDS // 2] for times in seconds]
-    return choices[medians.index(min(medians))]
+    return passes[medians.index(min(medians))][0]
 
 
 def _parsed(key: str, fields: Mapping[str, Any]) -> Choice:
