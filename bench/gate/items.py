@@ -16,7 +16,8 @@ _CPU = "clicktrain/kernels/cpu/"
 _NEVER_USED = ("clicktrain/kernels/cuda/", "clicktrain/kernels/reference.py")
 _NOT_FOR_KERNELS = (*_NEVER_USED, f"{_CPU}blocked_ops", f"{_CPU}ceilings.h")
 _SWEEPS = tuple(_CPU + name for name in (
-    "taps.h", "codegen.py", "sweeps.py", "filter_sweeps.py", "channel_sweeps.py", "reorder.py", "tuning.py",
+    "taps.h", "codegen.py", "sweeps.py", "filter_sweeps.py", "channel_sweeps.py", "reorder.py", "estimates.py",
+    "tuning.py",
 ))  # fmt: skip
 _PACKING, _GRADIENT, _CONVOLUTION = f"{_CPU}layout.h", f"{_CPU}gradient.h", f"{_CPU}convolution.h"
 _NOT_FOR_NETWORKS = (

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clicktrain.errors import InvalidArgument
 from clicktrain.kernels import Plan, plan
-from clicktrain.kernels.cpu import backend, gradients, library, passes, runtime, tuning
+from clicktrain.kernels.cpu import backend, estimates, gradients, library, passes, runtime, tuning
 from clicktrain.kernels.cpu.layer import Layer
 from clicktrain.patterns import PRUNED, all_patterns, full_pool, official_pool
 from tests.kernels.cases import Case, expected, relative_error
@@ -274,7 +274,7 @@ def test_a_pool_of_all_patterns_uses_the_generic_kernel() -> None:
     random = np.random.default_rng(0)
     index = torch.from_numpy(random.integers(0, 126, (12, 9)).astype(np.uint8))
     made = plan(index, all_patterns(4), (8, 9, 6, 6), 1, 1)
-    assert tuning.estimate(Layer.forward(made), 1).sweep == "taps"
+    assert estimates.estimate(Layer.forward(made), 1).sweep == "taps"
 
 
 @pytest.mark.parametrize(
@@ -294,10 +294,10 @@ def test_a_pool_of_all_patterns_uses_the_generic_kernel() -> None:
 def test_layers_go_channel_by_channel_where_the_window_fits(
     monkeypatch: pytest.MonkeyPatch, instruction_set: str, stride: int, size: int, tile: tuple[int, int, int] | None
 ) -> None:
-    monkeypatch.setattr(tuning, "instruction_set", lambda: instruction_set)
-    monkeypatch.setattr(tuning, "wide_registers", lambda: False)
+    monkeypatch.setattr(estimates, "instruction_set", lambda: instruction_set)
+    monkeypatch.setattr(estimates, "wide_registers", lambda: False)
     made = Case(SQUARES, 16, 16, 16, (size, size), (stride,) * 2, (1, 1), 0.3, seed=0).plan()
-    choice = tuning.estimate(Layer.forward(made), 2)
+    choice = estimates.estimate(Layer.forward(made), 2)
     assert (choice.sweep, choice.tile if tile else None) == ("channels" if tile else "filters", tile)
 
 
@@ -320,10 +320,10 @@ def test_layers_go_channel_by_channel_where_the_window_fits(
 def test_pairs_of_pixels_where_registers_are_wide_or_little_is_padding(
     monkeypatch: pytest.MonkeyPatch, wide: bool, channels: int, size: int, padding: int, stride: int, sweep: str
 ) -> None:
-    monkeypatch.setattr(tuning, "instruction_set", lambda: "avx512")
-    monkeypatch.setattr(tuning, "wide_registers", lambda: wide)
+    monkeypatch.setattr(estimates, "instruction_set", lambda: "avx512")
+    monkeypatch.setattr(estimates, "wide_registers", lambda: wide)
     made = Case(official_pool(4), 64, channels, 16, (size, size), (stride,) * 2, (padding,) * 2, 0.3, seed=0).plan()
-    assert tuning.estimate(Layer.forward(made), 1).sweep == sweep
+    assert estimates.estimate(Layer.forward(made), 1).sweep == sweep
 
 
 @pytest.mark.parametrize(("size", "tile"), [
@@ -332,10 +332,10 @@ def test_pairs_of_pixels_where_registers_are_wide_or_little_is_padding(
 def test_small_outputs_are_one_tile_where_a_tile_can_be_as_large(
     monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], tile: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr(tuning, "instruction_set", lambda: "avx2")
-    monkeypatch.setattr(tuning, "wide_registers", lambda: False)
+    monkeypatch.setattr(estimates, "instruction_set", lambda: "avx2")
+    monkeypatch.setattr(estimates, "wide_registers", lambda: False)
     made = Case(SQUARES, 16, 16, 16, size, (1, 1), (1, 1), 0.3, seed=0).plan()
-    assert tuning.estimate(Layer.forward(made), 2).tile == (1, *tile)
+    assert estimates.estimate(Layer.forward(made), 2).tile == (1, *tile)
 
 
 @pytest.mark.parametrize(("wide", "blocks", "size", "stride", "sweep"), [
@@ -345,13 +345,13 @@ def test_small_outputs_are_one_tile_where_a_tile_can_be_as_large(
 def test_small_images_of_two_blocks_share_registers_where_those_are_wide(
     monkeypatch: pytest.MonkeyPatch, wide: bool, blocks: int, size: int, stride: int, sweep: str
 ) -> None:
-    monkeypatch.setattr(tuning, "instruction_set", lambda: "avx512")
-    monkeypatch.setattr(tuning, "wide_registers", lambda: wide)
+    monkeypatch.setattr(estimates, "instruction_set", lambda: "avx512")
+    monkeypatch.setattr(estimates, "wide_registers", lambda: wide)
     made = Case(SQUARES, 64, 64, 16, (size, size), (stride,) * 2, (1, 1), 0.5, seed=0).plan()
-    assert tuning.estimate(Layer.forward(made), blocks).sweep == sweep
+    assert estimates.estimate(Layer.forward(made), blocks).sweep == sweep
     if stride > 1:
-        assert tuning.estimate(Layer.transposed(made), blocks).sweep == "filter_blocks"
-        assert tuning.estimate(Layer.transposed(made), 1).sweep == "filters"
+        assert estimates.estimate(Layer.transposed(made), blocks).sweep == "filter_blocks"
+        assert estimates.estimate(Layer.transposed(made), 1).sweep == "filters"
 
 
 @pytest.mark.parametrize(("instruction_set", "wide", "stride", "sweep", "channels"), [
@@ -361,10 +361,10 @@ def test_small_images_of_two_blocks_share_registers_where_those_are_wide(
 def test_1x1_convolutions_are_specialised_where_that_was_faster(
     monkeypatch: pytest.MonkeyPatch, instruction_set: str, wide: bool, stride: int, sweep: str, channels: int
 ) -> None:
-    monkeypatch.setattr(tuning, "instruction_set", lambda: instruction_set)
-    monkeypatch.setattr(tuning, "wide_registers", lambda: wide)
+    monkeypatch.setattr(estimates, "instruction_set", lambda: instruction_set)
+    monkeypatch.setattr(estimates, "wide_registers", lambda: wide)
     made = Case(full_pool(1), 16, 500, 16, (12, 12), (stride,) * 2, (0, 0), 0.3, seed=0).plan()
-    choice = tuning.estimate(Layer.forward(made), 2)
+    choice = estimates.estimate(Layer.forward(made), 2)
     assert (choice.sweep, choice.channel_block) == (sweep, channels)
     if stride > 1 and instruction_set == "avx2":
-        assert tuning.estimate(Layer.transposed(made), 2).sweep == "taps"  # pixels without any tap: not measured
+        assert estimates.estimate(Layer.transposed(made), 2).sweep == "taps"  # pixels without any tap: not measured

@@ -10,11 +10,12 @@ from weakref import WeakKeyDictionary
 
 from clicktrain.kernels.cpu.accumulators import PIXELS
 from clicktrain.kernels.cpu.codegen import LANES
+from clicktrain.kernels.cpu.estimates import estimate
 from clicktrain.kernels.cpu.gradients import prepare_gradient
 from clicktrain.kernels.cpu.layer import Layer, Pair
 from clicktrain.kernels.cpu.library import Lanes, instruction_set
 from clicktrain.kernels.cpu.passes import Choice, Prepared, prepare
-from clicktrain.kernels.cpu.tuning import choice_for, estimate, import_choices, tune_pass
+from clicktrain.kernels.cpu.tuning import choice_for, import_choices, tune_pass
 from clicktrain.kernels.plan import Plan
 
 GRIDS: tuple[Pair, ...] = ((1, 1), (4, 2), (2, 4), (8, 1), (1, 8))
