@@ -125,13 +125,14 @@ def write_report(
 
 @app.command(name="tables")
 def print_tables(
-    write: Annotated[bool, typer.Option("--write", help="Put them into the README of the project.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Put them into README.md and RESULTS.md.")] = False,
 ) -> None:
-    """Print the README's tables of results, as the stored evidence has them."""
-    if write:
-        tables.write(paths.README)
-    else:
-        print(tables.render())
+    """Print all tables of results, as the stored evidence has them."""
+    for path, made in tables.FILES.items():
+        if write:
+            tables.write(path, made())
+        else:
+            print(made(), end="\n\n")
 
 
 @app.command(name="retained")

@@ -1,14 +1,14 @@
-"""The README's tables of what `bench.gpu` measured, from its stored report."""
+"""Tables of what `bench.gpu` measured, from its stored report."""
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from reproductions import paths
-from reproductions.wording import MISSING
+from reproductions.wording import MISSING, Table
 
 _RIVALS = ("cuDNN fp32", "cuDNN tf32", "cuDNN bf16", "cuBLAS im2col", "cuSPARSE im2col", "cuSPARSE product")
 _MEANS = (*_RIVALS, "best layer, cuDNN fp32", "worst layer, cuSPARSE im2col")
@@ -16,8 +16,6 @@ _SHARES = ("share of the FP32 rate", "share of copy bandwidth")
 _SHARED = ("shared bf16 over cuDNN bf16", "shared bf16, batch last over cuDNN bf16")
 _IMPORTANT = 8.0
 """Compression that the goals are set for."""
-Table = tuple[str, Sequence[str], list[Sequence[str]]]
-"""Title, head, rows."""
 
 
 def stored() -> list[Table]:

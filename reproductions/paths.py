@@ -22,6 +22,7 @@ from clicktrain.training.rundir import RunDirectory
 PACKAGE = Path(__file__).parent
 CLONE = PACKAGE.parent
 README = CLONE / "README.md"
+DETAILS = PACKAGE / "RESULTS.md"
 PRESETS = PACKAGE / "presets"
 TEMPLATES = PACKAGE / "templates"
 EVIDENCE = PACKAGE / "evidence"

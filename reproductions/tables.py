@@ -1,21 +1,19 @@
-"""The README's tables of results, generated from the evidence that comes with the suite."""
+"""Tables of results, generated from the evidence that comes with the suite: verdicts for the README, and details."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from clicktrain.errors import ConfigError
 from clicktrain.files import write_atomic
-from reproductions import arithmetic, gpu_tables, matching, paths, retained
+from reproductions import arithmetic, cpu_tables, gpu_tables, matching, paths, retained
 from reproductions.claims import CLAIMS, Claim
 from reproductions.preset import MethodRow
 from reproductions.store import Study
 from reproductions.summary import MethodSummary, StoredRow, evidence_studies, stored_evidence, summarize
 from reproductions.verdicts import NOT_EXCLUSIVE
-from reproductions.wording import MISSING, interval, measured, published, spread
+from reproductions.wording import MISSING, Table, interval, measured, published, spread
 
 BEGIN = "<!-- results: begin (python -m reproductions tables --write) -->"
 END = "<!-- results: end -->"
@@ -25,40 +23,52 @@ _METHODS = (
     "training FLOPs saved, %", "time / dense", "peak memory, MB",
 )  # fmt: skip
 _MATCHES = ("rival", "time / dense", "quickest as good", "accuracy, points", "times faster")
-_COSTS = {"load_ms": 0, "peak_mb": 0, "file_mb": 1}
-_ENGINES = (
-    "network", "engine", "ms", "times slower than clicktrain", "error", "loads in, ms", "peak memory, MB", "file, MB",
-)  # fmt: skip
 
 
-def render() -> str:
-    """Return all tables as Markdown."""
+def verdicts() -> str:
+    """Return the README's part as Markdown: what became of each claim."""
+    return claims_table()
+
+
+def details() -> str:
+    """Return all that the verdicts stand on as Markdown: studies and benchmarks."""
     studies = [study for study in evidence_studies() if study.preset.claims]  # others only prepare a study
-    parts = [claims_table(), accountings_table()]
-    parts += [table for study in studies for table in study_tables(study)]
-    parts += inference_tables()
-    parts += [f"{title}\n\n{_table(head, rows)}" for title, head, rows in gpu_tables.stored()]
-    return "\n\n".join(parts)
+    sections = {
+        "Training FLOPs by arithmetic": [accountings_table()],
+        "Studies": [table for study in studies for table in study_tables(study)],
+        "Kernels and training steps on CPUs": _rendered(cpu_tables.kernels()),
+        "Inference on CPUs": _rendered(cpu_tables.inference()),
+        "GPU": _rendered(gpu_tables.stored()),
+    }
+    return "\n\n".join(f"## {title}\n\n" + "\n\n".join(tables) for title, tables in sections.items() if tables)
 
 
-def replaced(text: str, path: Path) -> str:
-    """Return the text of a README with the tables of now between its markers.
+def _rendered(tables: Iterable[Table]) -> list[str]:
+    return [f"{title}\n\n{_table(head, rows)}" for title, head, rows in tables]
+
+
+FILES: dict[Path, Callable[[], str]] = {paths.README: verdicts, paths.DETAILS: details}
+"""What stands between the markers of each file."""
+
+
+def replaced(path: Path, made: str) -> str:
+    """Return the text of a file with these tables between its markers.
 
     Raises
     ------
     ConfigError
         It has no markers.
     """
-    before, begin, rest = text.partition(BEGIN)
+    before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ConfigError(f"{path}: expected the lines {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{render()}\n\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{made}\n\n{END}{after}"
 
 
-def write(path: Path) -> None:
-    """Bring the tables in a README up to date."""
-    write_atomic(path, replaced(path.read_text(encoding="utf-8"), path))
+def write(path: Path, made: str) -> None:
+    """Bring the tables in a file up to date."""
+    write_atomic(path, replaced(path, made))
 
 
 def claims_table() -> str:
@@ -175,37 +185,6 @@ def _retained(kept: Sequence[retained.RetainedRow], method: MethodRow) -> str:
     score, size = options.get("score", "taylor"), options.get("patterns")
     found = [row.pools[options["pool"]] for row in kept if (row.score, row.size) == (score, size)]
     return spread(found[0], 1) if found else MISSING
-
-
-def inference_tables() -> list[str]:
-    """Return what `bench.inference` measured of whole networks, a table for each stored run of it."""
-    return [_inference_table(path) for path in sorted(paths.BENCHMARKS.glob("inference*.json"))]
-
-
-def _inference_table(path: Path) -> str:
-    record = json.loads(path.read_text())
-    cpu, threads = record["provenance"]["cpu"]["model"], record["provenance"]["threads"]["torch"]
-    where = f"{cpu} (`bench/evidence/{path.name}`), {threads} threads"
-    title = f"Inference of pruned networks, {where}, medians of interleaved runs:"
-    rows = [_engine_row(row, timing) for row in record["rows"] for timing in row["timings"] if timing["name"] != "peak"]
-    return f"{title}\n\n{_table(_ENGINES, rows)}"
-
-
-def _engine_row(row: Mapping[str, Any], timing: Mapping[str, Any]) -> Sequence[str]:
-    name = timing["name"]
-    speedup, goal, cost = row["speedup"].get(name), row["goals"].get(name), row["costs"].get(name, {})
-    times = "" if speedup is None else f"{speedup:.2f}x"
-    if goal is not None:
-        times += f" (goal {goal:.1f}x{'' if speedup >= goal else ', missed'})"
-    costs = [f"{cost[key]:.{digits}f}" if key in cost else "" for key, digits in _COSTS.items()]
-    return (
-        f"{row['network']}, {row['compression']:.1f}x, batch {row['batch']}",
-        name,
-        f"{timing['median_ms']:.2f}",
-        times,
-        f"{timing['error']:.0e}",
-        *costs,
-    )
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -96,15 +96,3 @@ def test_without_the_backend_the_command_says_why(
     monkeypatch.setattr(backend, "available", lambda: "no compiler")
     assert training.main([]) == 2
     assert capsys.readouterr().err == "error: the CPU backend is not available: no compiler\n"
-
-
-@pytest.mark.parametrize(("record", "column"), [("training.json", 3), ("training_avx2.json", 4)])
-def test_the_readme_shows_the_stored_goals(record: str, column: int) -> None:
-    bench = Path(training.__file__).parent
-    lines = (bench / "README.md").read_text().splitlines()
-    shown = {cells[1].strip(): cells for cells in (line.split("|") for line in lines) if len(cells) == 6}
-    times = json.loads((bench / "evidence" / record).read_text())["times"]
-    for memory, row in (("torch", "step, memory as torch has it"), ("kept", "step, memory kept")):
-        mark = "" if times[memory]["reached"] >= times[memory]["at_least"] else " (missed)"
-        assert shown[row][2].strip() == f"{times[memory]['at_least']:g}x"
-        assert shown[row][column].strip() == f"{times[memory]['reached']:.2f}x{mark}"

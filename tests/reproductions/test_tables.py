@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from clicktrain.errors import ConfigError
-from reproductions import arithmetic, gpu_tables, paths, retained, tables
+from reproductions import arithmetic, cpu_tables, gpu_tables, paths, retained, tables
 from reproductions.claims import BY_ID, CLAIMS
 from reproductions.stats import Estimate
 from reproductions.summary import StoredRow
@@ -13,9 +13,10 @@ from reproductions.verdicts import EXCEEDED, NOT_EXCLUSIVE, NOT_REPRODUCED, Verd
 from tests.helpers.studies import make_study
 
 
-def test_the_readme_says_what_the_evidence_says() -> None:
-    readme = paths.README.read_text(encoding="utf-8")
-    assert readme == tables.replaced(readme, paths.README), "run: python -m reproductions tables --write"
+@pytest.mark.parametrize("path", tables.FILES, ids=lambda path: path.name)
+def test_files_say_what_the_evidence_says(path: Path) -> None:
+    made = tables.replaced(path, tables.FILES[path]())
+    assert path.read_text(encoding="utf-8") == made, "run: python -m reproductions tables --write"
 
 
 def test_tables_come_from_the_evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,7 +27,7 @@ def test_tables_come_from_the_evidence(tmp_path: Path, monkeypatch: pytest.Monke
     make_study(tmp_path / "evidence" / "tuning")
     preset = tmp_path / "evidence" / "tuning" / "study.toml"
     preset.write_text(re.sub(r"claims = \[.*?\]", "claims = []", preset.read_text(), flags=re.DOTALL))
-    text = tables.render()
+    text = f"{tables.verdicts()}\n\n{tables.details()}"
     (row,) = [line for line in text.splitlines() if line.startswith("| The pruned network is within 1 point")]
     assert row.startswith("| The pruned network is within 1 point of the dense one | ClickTrain |")
     assert row.endswith(", n = 3 | **reproduced** | long study, toy data |")
@@ -46,23 +47,23 @@ def test_a_table_says_where_other_work_ran_beside(concurrent: int | None, said: 
 
 
 def test_every_claim_is_in_a_table_or_named_as_not_measured() -> None:
-    text = tables.render()
+    text = tables.verdicts()
     assert all(claim.statement in text or f"`{claim.id}`" in text for claim in CLAIMS)
 
 
 def test_tables_are_written_between_their_markers(tmp_path: Path) -> None:
     file = tmp_path / "README.md"
     file.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
-    tables.write(file)
+    tables.write(file, "| claim |")
     text = file.read_text()
     assert text.startswith(f"before\n{tables.BEGIN}\n\n| claim |")
     assert text.endswith(f"\n\n{tables.END}\nafter\n")
     assert "\nold\n" not in text
-    tables.write(file)
+    tables.write(file, "| claim |")
     assert file.read_text() == text
     file.write_text("nothing\n")
     with pytest.raises(ConfigError, match="expected the lines"):
-        tables.write(file)
+        tables.write(file, "")
 
 
 def test_the_paper_schedule_is_what_the_published_training_flops_imply() -> None:
@@ -98,19 +99,48 @@ def test_retained_importance_stands_beside_accuracy(tmp_path: Path) -> None:
 
 def test_engines_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paths, "BENCHMARKS", tmp_path)
-    assert tables.inference_tables() == []
+    assert cpu_tables.inference() == []
     timings = [{"name": name, "median_ms": ms, "error": 1e-7} for name, ms in (("clicktrain", 2.0), ("torch", 9.0))]
     cost = {"load_ms": 3.2, "peak_mb": 20.4, "file_mb": 6.66}
     row = {
         "network": "VGG", "compression": 9.0, "batch": 1, "speedup": {"torch": 4.5}, "goals": {"torch": 5.0},
         "timings": [*timings, {"name": "peak", "median_ms": 1.0, "error": None}], "costs": {"clicktrain": cost},
     }  # fmt: skip
-    record = {"provenance": {"cpu": {"model": "a CPU"}, "threads": {"torch": 2}}, "rows": [row]}
+    made = {"cpu": {"model": "a CPU"}, "threads": {"torch": 2}, "code": {"commit": "0123456789ab"}}
+    record = {"provenance": made, "rows": [row]}
     (tmp_path / "inference.json").write_text(json.dumps(record))
-    (text,) = tables.inference_tables()
-    assert "a CPU (`bench/evidence/inference.json`), 2 threads" in text
-    assert "| VGG, 9.0x, batch 1 | clicktrain | 2.00 | - | 1e-07 | 3 | 20 | 6.7 |" in text
-    assert "| VGG, 9.0x, batch 1 | torch | 9.00 | 4.50x (goal 5.0x, missed) | 1e-07 | - | - | - |" in text
+    ((title, _, rows),) = cpu_tables.inference()
+    assert "a CPU, 2 threads (`bench/evidence/inference.json`, commit 0123456)" in title
+    assert rows == [
+        ("VGG, 9.0x, batch 1", "clicktrain", "2.00", "", "1e-07", "3", "20", "6.7"),
+        ("VGG, 9.0x, batch 1", "torch", "9.00", "4.50x (goal 5.0x, missed)", "1e-07", "", "", ""),
+    ]
+
+
+def test_goals_of_cpus_stand_beside_what_each_machine_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "BENCHMARKS", tmp_path)
+    assert cpu_tables.kernels() == []
+    made = {"cpu": {"model": "a CPU"}, "threads": {"torch": 2}, "code": {"commit": "0123456789ab"}}
+    machine = {"provenance": made, "ceilings": {"gflops": 149.6}}
+    goals = [{"name": "8.1x", "reached": 6.5, "at_least": 7.0}, {"name": "stride 2", "reached": 4.6, "at_least": 4.5}]
+    (tmp_path / "cpu.json").write_text(json.dumps({**machine, "goals": goals}))
+    (tmp_path / "cpu_avx2.json").write_text(json.dumps({**machine, "goals": goals[1:]}))
+    steps = {"torch": {"name": "step", "reached": 3.0, "at_least": 4.0}}
+    (tmp_path / "training.json").write_text(json.dumps({**machine, "times": steps}))
+    operators = {
+        "pieces": [machine], "means": {"vgg13 8x": {"CSR": 0.5, "pattern": 4.0}},
+        "crossovers": {"vgg13": {"CSR": {"a": 0.01, "b": 0.03}}},
+    }  # fmt: skip
+    (tmp_path / "operators.json").write_text(json.dumps(operators))
+    convolutions, training, ratios, crossing = cpu_tables.kernels()
+    assert "a CPU, 2 threads (`bench/evidence/cpu_avx2.json`, commit 0123456), 150 GFLOP/s" in convolutions[0]
+    assert convolutions[1:] == (
+        ("layers", "goal", "cpu.json", "cpu_avx2.json"),
+        [["8.1x", "7x", "6.50x (missed)", "-"], ["stride 2", "4.5x", "4.60x", "4.60x"]],
+    )
+    assert training[2] == [["step", "4x", "3.00x (missed)"]]
+    assert ratios[2] == [["vgg13 8x", "0.50x", "4.00x"]]
+    assert crossing[2] == [["vgg13", "2.0 %"]]
 
 
 def test_the_gpu_report_becomes_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
