@@ -219,10 +219,13 @@ def _suits_pairs(layer: Layer) -> bool:
 
 def _suits_channels(layer: Layer, tile: Tile) -> bool:
     """Tell whether going channel by channel, on such tiles, is the fastest for AVX-512."""
+    if max(layer.stride) > 1:
+        return True
     height, width = layer.out_size
-    if wide_registers() or layer.channels > _FEW_CHANNELS or _density(layer) > DENSE or height * width < _PAIRS_FROM:
-        return layer.kernel_size == 3 or max(layer.stride) > 1 or tile[1:] == layer.out_size
-    return max(layer.stride) > 1
+    few = layer.channels <= _FEW_CHANNELS and _density(layer) <= DENSE and height * width >= _PAIRS_FROM
+    if few and not wide_registers():
+        return False
+    return layer.kernel_size == 3 or tile[1:] == layer.out_size
 
 
 def _suits_blocks(layer: Layer, blocks: int) -> bool:
