@@ -22,6 +22,9 @@ PACKAGES = ("clicktrain", "torch", "torchvision", "numpy", "fvcore", "pydantic",
 COMMIT_FILE = "COMMIT"
 """File in the root of a copy without its history: the commit, and ``dirty`` after it where it was changed."""
 
+_SIGNATURE = {"cpu family": "family", "model": "model", "stepping": "stepping"}
+"""Lines of /proc/cpuinfo that tell processors of one name apart, and what they are called here."""
+
 _ROOT = Path(__file__).resolve().parent.parent
 _T = TypeVar("_T")
 
@@ -55,7 +58,7 @@ def collect(
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "platform": platform.platform(),
-        "cpu": {"model": _guarded(_cpu_model), "cores": os.cpu_count(), "usable": len(os.sched_getaffinity(0))},
+        "cpu": {**_cpu(), "cores": os.cpu_count(), "usable": len(os.sched_getaffinity(0))},
         "gpu": _guarded(_gpu),
         "distributed": {"processes": distributed.processes()} if distributed.processes() > 1 else None,
         "threads": {"torch": torch.get_num_threads(), "interop": torch.get_num_interop_threads()},
@@ -104,12 +107,17 @@ def _version(distribution: str) -> str | None:
     return _guarded(lambda: importlib.metadata.version(distribution))
 
 
-def _cpu_model() -> str | None:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            return value.strip()
-    return platform.processor() or None
+def _cpu() -> dict[str, str | None]:
+    """Return the processor's name, and its signature: clouds call several generations by one name."""
+    facts = _guarded(_cpu_facts) or {}
+    numbers = [f"{name} {facts[key]}" for key, name in _SIGNATURE.items() if key in facts]
+    return {"model": facts.get("model name") or platform.processor() or None, "signature": ", ".join(numbers) or None}
+
+
+def _cpu_facts() -> dict[str, str]:
+    first, _, _ = Path("/proc/cpuinfo").read_text().partition("\n\n")
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
 
 
 def _gpu() -> dict[str, Any] | None:

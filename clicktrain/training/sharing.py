@@ -28,6 +28,7 @@ _HARMLESS = ("checkpoint_every", "keep", "tensorboard")
 
 _MACHINE = (
     ("cpu", "model"),
+    ("cpu", "signature"),
     ("gpu", "model"),
     ("threads", "torch"),
     ("packages", "torch"),
