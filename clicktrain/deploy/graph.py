@@ -50,6 +50,14 @@ class Node:
         return bool(self.attributes.get("dense"))
 
     @property
+    def halves(self) -> bool:
+        """Whether this is a maximum over 2 x 2, which a convolution may take on the way."""
+        if self.op != "pool" or self.attributes["average"]:
+            return False
+        window = [tuple(self.attributes[key]) for key in ("size", "stride", "padding")]
+        return window == [(2, 2), (2, 2), (0, 0)]
+
+    @property
     def size(self) -> tuple[int, int]:
         """Height and width of the result."""
         assert self.shape is not None

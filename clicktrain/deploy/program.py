@@ -267,9 +267,8 @@ class _Builder:
 
     def _is_halved(self, number: int) -> bool:
         """Tell whether all that reads a result is a 2 x 2 maximum."""
-        return self._uses[number] == 1 and any(
-            _halves(node) for node in self.graph.nodes.values() if number in node.inputs
-        )
+        readers = (node for node in self.graph.nodes.values() if number in node.inputs)
+        return self._uses[number] == 1 and any(reader.halves for reader in readers)
 
     def _layer(self, node: Node) -> Layer:
         stride, padding = (tuple(node.attributes[key]) for key in ("stride", "padding"))
@@ -391,11 +390,3 @@ class _Builder:
             for source in node.inputs
         ]
         self.steps.append(TorchStep(number, node, sources))
-
-
-def _halves(node: Node) -> bool:
-    """Tell whether a node is a maximum over 2 x 2 that a convolution may take on the way."""
-    if node.op != "pool" or node.attributes["average"]:
-        return False
-    window = [tuple(node.attributes[key]) for key in ("size", "stride", "padding")]
-    return window == [(2, 2), (2, 2), (0, 0)]
