@@ -80,7 +80,9 @@ def test_a_killed_ray_worker_costs_nothing_but_time(tmp_path: Path, monkeypatch:
     assert [len(run.read_record()["resumed"]) for run in runs] == [0, 1]
     undisturbed, others, _ = study(tmp_path / "undisturbed", InThisProcess(), jobs=1)
     assert undisturbed.run() == []
-    assert [numbers(run) for run in runs] == [numbers(run) for run in others]
+    for run, other in zip(runs, others, strict=True):
+        for record, expected in zip(numbers(run), numbers(other), strict=True):
+            assert record == expected  # one by one: so a failure names the first step that differs
 
 
 @pytest.mark.usefixtures("cluster")
