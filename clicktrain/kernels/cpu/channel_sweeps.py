@@ -3,8 +3,8 @@
 8 loads and 8 stores for 32 multiply-adds on 2 x 4 pixels, from one small place instead of a window of all channels that
 only the second-level cache holds. The 24 pixels of the window stay in the registers of AVX-512; those of AVX2 hold what
 one pattern reads of it (10 pixels for 1 x 4), or let it pass by as sweeps by filter do. The window is read once, so
-that there is no need to copy it: the sweep reads the input itself, and fetches ahead what the tile below will read, or
-the next block. A record's offset is its filter's place in the sums.
+that there is no need to copy it: the sweep reads the input itself, and fetches the windows of the next channels ahead.
+A record's offset is its filter's place in the sums.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ HELD_PIXELS = {"avx512": 28, "avx2": 12, "portable": 0}
 """Of a window that are held in registers, beside weights and sums."""
 PIXELS_PER_LINE = 2
 """Of a cache."""
+CHANNELS_AHEAD = 2
+"""Whose windows are fetched. What a tile reads much later is not worth fetching: where the planes of channels are a
+power of two apart, their lines share so few sets of a cache that they push each other out before."""
 
 
 def write(name: str, patterns: tuple[tuple[int, ...], ...], spec: SweepSpec, shape: TileShape) -> list[str]:
@@ -46,7 +49,6 @@ def write(name: str, patterns: tuple[tuple[int, ...], ...], spec: SweepSpec, sha
         f"  const float* weight = s->weights + record * {entries};",
         "  const uint16_t* run = s->runs;",
         "  float* const all_sums = s->sums_out;",
-        f"  const int64_t next_block = int64_t(s->channels) * {_channel_floats(spec)};",
         "  if (!s->sums_in)",
         "    for (int f = s->begin; f < s->end; ++f) {",
         f"      float* sums = all_sums + int64_t(f) * {of_filter};",
@@ -175,17 +177,10 @@ def _finish_whole(loop: str, spec: SweepSpec, shape: TileShape) -> list[str]:
 
 
 def _ahead(spec: SweepSpec, shape: TileShape) -> list[str]:
-    """Return what is to be brought to the second-level cache: what a later tile will read and this one does not.
-
-    That is the tile below or, from the last tiles of an image, the first ones of the next block.
-    """
-    rows, end = spec.tile[1] * spec.stride[0], shape.window_rows[1]
-    last = end < (shape.rows - 1) * spec.stride[0] + spec.kernel_size + spec.origin[0]
-    # The input ends where the window does, so that the window starts so many rows below its top:
-    first, above, next_block = (end - spec.window_rows, 1, "next_block + ") if last else (end, 0, "")
+    """Return what is to be brought to the second-level cache: the same window, `CHANNELS_AHEAD` channels further."""
     columns = range(shape.window_columns[0], shape.window_columns[1] + 1, PIXELS_PER_LINE)
-    places = product(range(first, first + rows + above), columns)
-    return [f"{next_block}{window_offset((0, row, column), spec)}" for row, column in places]
+    places = product(range(*shape.window_rows), columns)
+    return [f"{CHANNELS_AHEAD * _channel_floats(spec)} + {window_offset((0, *place), spec)}" for place in places]
 
 
 def _channel_floats(spec: SweepSpec) -> int:
