@@ -18,10 +18,12 @@ from clicktrain.kernels.cpu.codegen import LANES
 from clicktrain.kernels.cpu.layer import Layer, Pair
 from clicktrain.kernels.cpu.library import Lanes, Strips
 from clicktrain.kernels.cpu.passes import Choice, Prepared, prepare
-from clicktrain.kernels.cpu.runtime import GRIDS, computed_pixels, fills_lanes, image_strips, whole_images
+from clicktrain.kernels.cpu.runtime import GRIDS, fills_lanes, image_strips, plane_work, whole_images
 
 IMAGES: Pair = (1, 1)
 """The grid whose lanes are whole images."""
+MUCH_LESS = 0.9
+"""Of the work, where strips should change from one layer to the next."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,12 @@ class Windowed:
 
 @cache
 def form_of(size: Pair, images: int) -> Form:
-    """Return the form in which the fewest pixels are computed that do not exist."""
+    """Return whole images, or the usual strips unless others are much less work: to change them costs a copy."""
     if fills_lanes(images):
         return Form(IMAGES, size)
-    forms = [Form(grid, (-(-size[0] // grid[0]), -(-size[1] // grid[1]))) for grid in GRIDS if grid != IMAGES]
-    return min(forms, key=lambda form: computed_pixels(form.size))
+    usual, *others = (Form(grid, (-(-size[0] // grid[0]), -(-size[1] // grid[1]))) for grid in GRIDS if grid != IMAGES)
+    best = min(others, key=lambda form: plane_work(form.size))
+    return best if plane_work(best.size) < MUCH_LESS * plane_work(usual.size) else usual
 
 
 @cache

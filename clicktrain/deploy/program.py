@@ -258,11 +258,9 @@ class _Builder:
         node = self.graph.nodes[number]
         layer, forms = self._layer(node), self._windowed(node)
         on_forms, blocks = layout.layer_on(layer, forms), forms.target.blocks(self.images)
-        if self.tune:
-            choice = tune_pass(on_forms, blocks, pooled=self._is_halved(number))
-        else:
-            choice = choice_for(on_forms, blocks)
-        self.choices[fingerprint(on_forms, blocks)] = choice
+        pooled = self._is_halved(number)
+        choice = (tune_pass if self.tune else choice_for)(on_forms, blocks, pooled)
+        self.choices[fingerprint(on_forms, blocks, pooled)] = choice
         return layout.prepare_on(layer, forms, self.images, choice)
 
     def _is_halved(self, number: int) -> bool:

@@ -54,15 +54,17 @@ def test_specialised_sweeps_finish_what_they_sum(batch: int, monkeypatch: pytest
 
 
 class Pooled(nn.Module):
-    """Two convolutions with a pooling between them, whose operand may be read again."""
+    """Two pruned convolutions with a pooling between them, whose operand may be read again."""
 
     def __init__(self, pool: nn.Module, relu: bool, again: bool) -> None:
         super().__init__()
+        self.dense = nn.Conv2d(3, 12, 3, 1, 1)
         self.first, self.second = nn.Conv2d(12, 20, 3, 1, 1), nn.Conv2d(20, 9, 3, 1, 1)
         self.pool, self.relu, self.again = pool, relu, again
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = torch.relu(self.first(x)) if self.relu else self.first(x)
+        y = self.first(self.dense(x))
+        y = torch.relu(y) if self.relu else y
         z = self.second(self.pool(y))
         return z + y.mean((2, 3), keepdim=True)[:, :9] if self.again else z
 
@@ -93,13 +95,13 @@ def test_a_convolution_pools_on_the_way(
     torch.manual_seed(batch)
     model = Pooled(pool, relu, again)
     prune(model, 0.5)
-    x = torch.randn(batch, 12, *size)
+    x = torch.randn(batch, 3, *size)
     compiled = deploy.compile(model, x)
     kinds = [step.kind for step in compiled.engine.program.steps if isinstance(step, NativeStep)]
-    if library.instruction_set() == "avx512":  # elsewhere the sweep itself writes the output
+    if library.instruction_set() != "portable":  # there, sweeps write the output themselves
         assert (Kind.POOL in kinds) != goes_with_it
     assert error(compiled(x), dense(model)(x)) < 1e-5
-    x[0, 3, 5, 4] = torch.nan
+    x[0, 1, 5, 4] = torch.nan
     unknown, most = compiled(x).isnan(), dense(model)(x).isnan()
     assert unknown.any(), "NaN is larger than anything, as in torch"
     assert not (unknown & ~most).any(), "where torch multiplies it with zeros, there may be less of it"
@@ -116,7 +118,7 @@ def test_what_is_measured_pools_on_the_way(monkeypatch: pytest.MonkeyPatch) -> N
     def filters_win(layer: Layer, blocks: int, pooled: bool) -> Choice:
         """Let a sweep that cannot pool on the way be the fastest."""
         asked.append(pooled)
-        found = sorted(tuning.candidates(layer, blocks), key=lambda choice: choice.sweep != "filters")
+        found = sorted(tuning.candidates(layer, blocks, pooled), key=lambda choice: choice.sweep != "filters")
         with monkeypatch.context() as patch:
             patch.setattr(tuning, "candidates", lambda *_: found)
             patch.setattr("time.perf_counter", lambda: 0.0)  # the first one wins
@@ -125,9 +127,9 @@ def test_what_is_measured_pools_on_the_way(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(tuning, "_fastest", filters_win)
     monkeypatch.setattr(tuning, "_read", lambda _: None)
     monkeypatch.setattr(tuning, "_write", lambda *_: None)
-    model, x = Pooled(nn.MaxPool2d(2), relu=True, again=False), torch.randn(8, 12, 16, 8)
+    model, x = Pooled(nn.MaxPool2d(2), relu=True, again=False), torch.randn(8, 3, 16, 8)
     prune(model, 0.5)
     compiled = deploy.compile(model, x, tune=True)
-    assert asked[:2] == [True, False]
+    assert asked[:3] == [False, True, False]
     assert Kind.POOL not in [step.kind for step in compiled.engine.program.steps if isinstance(step, NativeStep)]
     assert error(compiled(x), dense(model)(x)) < 1e-5

@@ -286,7 +286,7 @@ def test_a_pool_of_all_patterns_uses_the_generic_kernel() -> None:
         ("avx512", 1, 12, None),  # few channels
         ("avx512", 2, 2, (1, 1, 1)),  # one output pixel
         ("avx2", 2, 12, (1, 1, 2)),
-        ("avx2", 1, 12, (1, 2, 4)),  # of the window what one pattern reads
+        ("avx2", 1, 12, (1, 3, 4)),  # of the window what one pattern reads
         ("avx2", 1, 2, (1, 2, 2)),
         ("portable", 1, 12, None),
     ],
@@ -327,7 +327,7 @@ def test_pairs_of_pixels_where_registers_are_wide_or_little_is_padding(
 
 
 @pytest.mark.parametrize(("size", "tile"), [
-    ((1, 1), (1, 1)), ((1, 2), (1, 2)), ((3, 1), (2, 1)), ((2, 3), (2, 2)), ((1, 9), (1, 4)), ((9, 9), (2, 4)),
+    ((1, 1), (1, 1)), ((1, 2), (1, 2)), ((3, 1), (2, 1)), ((2, 3), (2, 2)), ((1, 9), (1, 4)), ((9, 9), (3, 4)),
 ])  # fmt: skip
 def test_small_outputs_are_one_tile_where_a_tile_can_be_as_large(
     monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], tile: tuple[int, int]
@@ -336,6 +336,19 @@ def test_small_outputs_are_one_tile_where_a_tile_can_be_as_large(
     monkeypatch.setattr(estimates, "wide_registers", lambda: False)
     made = Case(SQUARES, 16, 16, 16, size, (1, 1), (1, 1), 0.3, seed=0).plan()
     assert estimates.estimate(Layer.forward(made), 2).tile == (1, *tile)
+
+
+@pytest.mark.parametrize(("filters", "size", "pooled", "tile"), [
+    (40, 12, False, (3, 4)), (40, 12, True, (2, 4)), (40, 8, False, (2, 4)), (100, 12, False, (2, 4)),
+    (160, 12, False, (1, 4)), (160, 14, False, (2, 2)), (160, 8, False, (2, 4)),
+])  # fmt: skip
+def test_tiles_are_larger_where_runs_are_shorter(
+    monkeypatch: pytest.MonkeyPatch, filters: int, size: int, pooled: bool, tile: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(estimates, "instruction_set", lambda: "avx2")
+    monkeypatch.setattr(estimates, "filters_at_once", lambda _: 64)
+    made = Case(official_pool(4), filters, 12, 16, (size, size), (1, 1), (1, 1), 0.3, seed=0).plan()
+    assert estimates.estimate(Layer.forward(made), 2, pooled).tile == (1, *tile)
 
 
 @pytest.mark.parametrize(("wide", "blocks", "size", "stride", "sweep"), [

@@ -27,7 +27,7 @@ from clicktrain.kernels.cpu.library import function, instruction_set
 from clicktrain.kernels.cpu.passes import MOST_CHANNELS, Choice, can_pool, prepare
 
 ROUNDS = 5
-VERSION = 8
+VERSION = 9
 """Of the candidates: choices on disk are of one version of these and of the C++ sources."""
 _OLD_NAMES: dict[str, codegen.Sweep] = {"pairs": "channel_pairs"}
 """Of sweeps, in files that were written before there were pairs of two kinds."""
@@ -35,11 +35,11 @@ _OLD_NAMES: dict[str, codegen.Sweep] = {"pairs": "channel_pairs"}
 _choices: dict[str, Choice] = {}
 
 
-def choice_for(layer: Layer, blocks: int) -> Choice:
+def choice_for(layer: Layer, blocks: int, pooled: bool = False) -> Choice:
     """Return how to cut up a pass: as tuned, imported or chosen before, else as estimated."""
-    key = fingerprint(layer, blocks)
+    key = fingerprint(layer, blocks, pooled)
     if key not in _choices:
-        _choices[key] = estimate(layer, blocks)
+        _choices[key] = estimate(layer, blocks, pooled)
     return _choices[key]
 
 
@@ -70,20 +70,20 @@ def tune_pass(layer: Layer, blocks: int, pooled: bool = False) -> Choice:
     If its result will be pooled, only ways that can do so at once are measured, if there are any: what they save is
     more than what tiles differ by.
     """
-    key = fingerprint(layer, blocks)
-    on_disk = f"{key}-pooled" if pooled else key
-    stored = _read(on_disk)
+    key = fingerprint(layer, blocks, pooled)
+    stored = _read(key)
     _choices[key] = stored if stored is not None else _fastest(layer, blocks, pooled)
     if stored is None:
-        _write(on_disk, _choices[key])
+        _write(key, _choices[key])
     return _choices[key]
 
 
-def fingerprint(layer: Layer, blocks: int) -> str:
-    """Return a name for all passes that are cut up alike: their geometry, their patterns and how much they keep."""
+def fingerprint(layer: Layer, blocks: int, pooled: bool = False) -> str:
+    """Return a name for passes that are cut up alike: geometry, patterns, how much they keep, whether they may pool."""
     facts = (
         layer.filters, layer.channels, len(layer.kernels.filters), layer.patterns, layer.kernel_size, layer.in_size,
         layer.out_size, layer.stride, layer.spread, layer.padding, blocks, instruction_set(),
+        *(["pooled"] if pooled else []),
     )  # fmt: skip
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 
@@ -93,7 +93,7 @@ def _fastest(layer: Layer, blocks: int, pooled: bool) -> Choice:
     x = torch.ones(blocks, layer.channels, *layer.in_size, 8)
     y = torch.empty(blocks, layer.filters, *layer.out_size, 8)
     values = torch.ones(len(layer.kernels.filters) * layer.entries)
-    passes = [(choice, prepare(layer, blocks, choice)) for choice in candidates(layer, blocks)]
+    passes = [(choice, prepare(layer, blocks, choice)) for choice in candidates(layer, blocks, pooled)]
     if pooled:
         passes = [(choice, prepared) for choice, prepared in passes if can_pool(prepared)] or passes
     seconds: list[list[float]] = [[] for _ in passes]
