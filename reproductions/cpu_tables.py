@@ -33,7 +33,8 @@ def _records(names: str) -> dict[str, Any]:
 def _machine(name: str, record: Any) -> str:
     made = record["provenance"]
     commit = made["code"]["commit"][:7]
-    return f"{made['cpu']['model']}, {made['threads']['torch']} threads (`bench/evidence/{name}`, commit {commit})"
+    cpu = ", ".join(made["cpu"][key] for key in ("model", "signature") if key in made["cpu"])
+    return f"{cpu}, {made['threads']['torch']} threads (`bench/evidence/{name}`, commit {commit})"
 
 
 def _with_peak(name: str, record: Any) -> str:
