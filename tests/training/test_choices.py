@@ -45,7 +45,7 @@ def train_on(state: dict[str, Any]) -> list[torch.Tensor]:
 def test_a_resumed_run_cuts_up_its_layers_as_it_did_before(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as other_version:
         other_version.setattr(estimates, "_channel_block", lambda layer: min(2, layer.channels))
-        other_version.setattr(estimates, "_by_channel", lambda layer: [])
+        other_version.setattr(estimates, "_by_channel", lambda layer, pooled: [])
         trainer = Trainer(build(CONFIG, 0))
         states = [saved_and_loaded(trainer.state_dict()) for r in trainer.records() if r["stage"] == "sparse"]
         expected = weights(trainer)
