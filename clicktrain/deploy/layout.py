@@ -74,7 +74,7 @@ def form_of(size: Pair, images: int) -> Form:
         return Form(IMAGES, size)
     usual, *others = (Form(grid, (-(-size[0] // grid[0]), -(-size[1] // grid[1]))) for grid in GRIDS if grid != IMAGES)
     best = min(others, key=lambda form: plane_work(form.size))
-    return best if plane_work(best.size) < MUCH_LESS * plane_work(usual.size) else usual
+    return best if plane_work(best.size) <= MUCH_LESS * plane_work(usual.size) else usual
 
 
 @cache
