@@ -27,7 +27,7 @@ _SUMS_UNDER_WAY = 3
 _PASSING_ENTRIES = 4
 _SHORTEST_RUN, _SHORT_RUN, _SMALL_IMAGE = 5.0, 10.0, 64
 """Kernels of a channel with the same pattern, and output pixels, where AVX2 profits from larger tiles. On a family 25,
-model 1 EPYC 3 x 4 pixels gained 1.05 to 1.20x over 2 x 4 with the shortest runs of 16 to 64 filters."""
+model 1 EPYC 3 x 4 pixels gained 1.02 to 1.20x over 2 x 4 with the shortest runs of 16 to 64 filters."""
 _WASTE = 1.1
 """Columns of four-column tiles over those of the image from which on two are faster: 1.08 to 1.12x on 14 x 14."""
 _PAIRS_FROM, _PAIRS_FROM_WITHOUT_PADDING = 65, 4

@@ -62,7 +62,7 @@ class Packing:
 
 
 def plane_work(size: Pair, tile: Pair = TYPICAL_TILE) -> int:
-    """Return what it takes to compute a plane, in pixels: where registers hold two, a last odd column counts twice."""
+    """Return what a plane in such tiles takes, in pixels: where registers hold two, a last odd column counts twice."""
     (height, width), (rows, columns), per_register = size, tile, PIXELS[instruction_set()]
     pixels = height * -(-width // per_register) * per_register
     return pixels + PIXELS_OF_A_TILE * -(-height // rows) * -(-width // columns)
