@@ -58,6 +58,17 @@ def test_results_are_bitwise_the_same_for_any_number_of_threads(case: Case, monk
             assert torch.equal(tensor, results[0][name]), name
 
 
+def test_small_images_of_which_no_cache_holds_one() -> None:
+    case = Case(SQUARES, 300, 20, 16, (4, 4), (1, 1), (1, 1), 0.05, seed=6)
+    made, x, values, dy = case.operands()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gradients, "cache_bytes", lambda level: 1 << 14)
+        runtime.forget()
+        got = backend.grad_values(x, dy, made)
+    runtime.forget()
+    assert relative_error(got, expected(made, x, values, dy)["grad_values"]) < 1e-5
+
+
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2)])
 def test_outputs_that_bypass_the_caches_are_the_same(stride: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(SQUARES, 70, 67, 19, (13, 16), stride, (1, 1), 0.3, seed=5)

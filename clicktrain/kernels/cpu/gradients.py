@@ -48,7 +48,7 @@ def prepare_gradient(layer: Layer, blocks: int) -> Prepared:
         stride_h=layer.stride[0], stride_w=layer.stride[1], pad_h=layer.padding[0], pad_w=layer.padding[1],
         kernel_size=layer.kernel_size, entries=layer.entries, tasks=_tasks(layer),
         chunk_blocks=max(1, min(blocks, chunk // (layer.filters * out_w * out_h))),
-        chunk_rows=max(1, min(out_h, chunk // (layer.filters * out_w))),
+        chunk_rows=out_h if _is_straight(layer) else max(1, min(out_h, chunk // (layer.filters * out_w))),
     ), {})  # fmt: skip
     arrays = {
         "task_starts": _task_starts(channels[starts], starts, len(kernels.filters), made.structure.tasks),
