@@ -29,6 +29,7 @@ CASES = {
     "stride 2": Case(SQUARES, 70, 67, 19, (9, 6), (2, 2), (1, 1), 0.3, seed=2),
     "one image": Case(SQUARES, 30, 67, 1, (11, 9), (1, 1), (1, 1), 0.3, seed=3),
     "pointwise": Case(full_pool(1), 70, 67, 9, (7, 5), (2, 2), (0, 0), 0.3, seed=4),
+    "filters in parts": Case(SQUARES, 150, 20, 40, (4, 4), (1, 1), (1, 1), 0.9, seed=5),
 }
 
 
@@ -44,7 +45,8 @@ def run(case: Case) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_results_are_bitwise_the_same_for_any_number_of_threads(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gradients, "CHUNK_VECTORS", 2000)  # several chunks
+    monkeypatch.setattr(gradients, "CHUNK_BYTES", 64_000)  # several chunks
+    monkeypatch.setattr(gradients, "cache_bytes", lambda level: 64_000)
     before = torch.get_num_threads()
     results = []
     for threads in (1, 2, 3, 7):
