@@ -321,6 +321,7 @@ def test_layers_go_channel_by_channel_where_the_window_fits(
         (False, 64, 8, 1, 1, "channels"),
         (False, 64, 9, 0, 1, "channel_pairs"),  # a strip
         (False, 16, 12, 1, 1, "filters"),
+        (False, 32, 12, 1, 1, "filters"),
         (False, 16, 12, 1, 2, "channel_pairs"),
         (False, 64, 12, 1, 2, "channel_pairs"),
         (True, 16, 12, 1, 1, "channel_pairs"),
@@ -381,16 +382,32 @@ def test_small_images_of_two_blocks_share_registers_where_those_are_wide(
 
 
 @pytest.mark.parametrize(("instruction_set", "wide", "stride", "sweep", "channels"), [
-    ("avx2", False, 1, "filters", 128), ("avx512", False, 1, "taps", 128), ("avx512", True, 1, "filter_pairs", 128),
-    ("portable", False, 1, "taps", 64), ("avx2", False, 2, "filters", 128),
+    ("avx2", False, 1, "filters", 128), ("avx512", False, 1, "filters", 64), ("avx512", True, 1, "filter_pairs", 128),
+    ("portable", False, 1, "taps", 64), ("avx2", False, 2, "filters", 128), ("avx512", False, 2, "filters", 64),
 ])  # fmt: skip
 def test_1x1_convolutions_are_specialised_where_that_was_faster(
     monkeypatch: pytest.MonkeyPatch, instruction_set: str, wide: bool, stride: int, sweep: str, channels: int
 ) -> None:
     monkeypatch.setattr(estimates, "instruction_set", lambda: instruction_set)
     monkeypatch.setattr(estimates, "wide_registers", lambda: wide)
+    monkeypatch.setattr(estimates, "cache_bytes", lambda _: 1 << 15)
     made = Case(full_pool(1), 16, 500, 16, (12, 12), (stride,) * 2, (0, 0), 0.3, seed=0).plan()
     choice = estimates.estimate(Layer.forward(made), 2)
     assert (choice.sweep, choice.channel_block) == (sweep, channels)
-    if stride > 1 and instruction_set == "avx2":
+    if stride > 1:
         assert estimates.estimate(Layer.transposed(made), 2).sweep == "taps"  # pixels without any tap: not measured
+
+
+@pytest.mark.parametrize(("size", "stride", "density", "tile", "channels"), [
+    (56, 1, 0.3, (1, 14), 64), (32, 1, 0.3, (1, 8), 128), (7, 1, 0.3, (1, 7), 128), (4, 1, 0.3, (2, 4), 128),
+    (17, 1, 0.3, (1, 8), 128), (2, 1, 0.3, (2, 2), 256), (56, 2, 0.3, (1, 8), 64), (56, 1, 1.0, (1, 14), 32),
+])  # fmt: skip
+def test_1x1_convolutions_go_by_rows_where_512_bits_take_two_steps(
+    monkeypatch: pytest.MonkeyPatch, size: int, stride: int, density: float, tile: tuple[int, int], channels: int
+) -> None:
+    monkeypatch.setattr(estimates, "instruction_set", lambda: "avx512")
+    monkeypatch.setattr(estimates, "wide_registers", lambda: False)
+    monkeypatch.setattr(estimates, "cache_bytes", lambda _: 1 << 15)
+    made = Case(full_pool(1), 16, 600, 8, (size, size), (stride,) * 2, (0, 0), density, seed=0).plan()
+    choice = estimates.estimate(Layer.forward(made), 1)
+    assert (choice.sweep, choice.tile, choice.channel_block) == ("filters", (1, *tile), channels)

@@ -7,9 +7,9 @@ from dataclasses import replace
 from itertools import product
 
 from clicktrain.kernels.cpu import codegen
-from clicktrain.kernels.cpu.codegen import Register
+from clicktrain.kernels.cpu.codegen import LANES, Register
 from clicktrain.kernels.cpu.layer import Layer
-from clicktrain.kernels.cpu.library import instruction_set, wide_registers
+from clicktrain.kernels.cpu.library import cache_bytes, instruction_set, wide_registers
 from clicktrain.kernels.cpu.passes import Choice, cuts, filters_at_once, streams, taps_tile
 
 CHANNEL_BLOCK = {"avx512": 128, "avx2": 64, "portable": 64}
@@ -22,6 +22,12 @@ BAND_PIXELS = 16
 LEARNT_RUNS = 1024
 _FMA_LATENCY = 4
 _SUMS = {"avx512": 24, "avx2": 10, "portable": 8}
+_SUMS_IN_TWO_STEPS = 16
+"""Where AVX-512 computes 512 bits in two steps: with 3 to 32 channels 4 x 4 pixels were 1.0 to 1.1x faster than 3 x 8
+(family 25, model 17 EPYC)."""
+_ROW, _STRIDED_ROW = 14, 8
+"""Of 1x1 layers there, the most pixels of a row that are computed at once: 1.0 to 2.7x over the generic sweep with 56 x
+56 to 4 x 4 pixels that keep all, half or an eighth of the kernels; 3 x 8 pixels were slower than that one."""
 _REGISTERS = 32  # of AVX-512, the only set that holds a whole window
 _SUMS_UNDER_WAY = 3
 _PASSING_ENTRIES = 4
@@ -34,8 +40,10 @@ _PAIRS_FROM, _PAIRS_FROM_WITHOUT_PADDING = 65, 4
 """Output pixels from which on pairs of them are faster than single ones where 512 bits are computed in two steps: on
 images, and on strips of images. 16 x 16 to 2 x 2 pixels at 2.25x to 12x on a family 25, model 17 EPYC: single pixels
 gained 1.03 to 1.18x on 4 x 4, 1.0 to 1.25x on 7 x 7, and 0.93 to 1.07x on 8 x 8."""
-_FEW_CHANNELS = 16
-"""Whose window the first-level cache holds, so that there going by filters was faster: 1.06 to 1.28x with 32 x 32."""
+_FEW_CHANNELS, _FEW_KERNELS = 32, 16
+"""Whose window the first-level cache holds, and kernels of a filter, each of which loads and stores its sums where
+sweeps go by channel: up to these, going by filters was faster. 64 filters of 3 to 16 channels with 32 x 32 pixels, on a
+family 25, model 17 EPYC: 1.1 to 1.9x where they keep all kernels, 1.0 to 1.4x with half or a quarter of them."""
 _BLOCKS_UP_TO = 200, 64
 """Output pixels up to which registers of two blocks were fastest, of 1x1 layers last: four blocks at 2.25x and 8.1x on
 an Intel Xeon (family 6, model 85) gained 1.1 to 1.7x on 2 x 2 to 8 x 8, 1.0 to 1.1x on 14 x 14, and -13 to +8 % on
@@ -56,7 +64,7 @@ def estimate(layer: Layer, blocks: int, pooled: bool = False) -> Choice:
     if _suits_blocks(layer, blocks):
         return _by_filter(layer, blocks)[0]
     by_channel = _by_channel(layer, pooled)
-    if by_channel and (instruction_set() == "avx2" or _suits_channels(layer, by_channel[0].tile)):
+    if by_channel and (instruction_set() == "avx2" or _suits_channels(layer, by_channel[0].tile, pooled)):
         return by_channel[0]
     return _by_filter(layer, blocks)[0]
 
@@ -78,7 +86,9 @@ def candidates(layer: Layer, blocks: int, pooled: bool = False) -> list[Choice]:
 
 def _gains_from_code(layer: Layer) -> bool:
     """Tell whether 1x1 convolutions, where no load is shared, are faster specialised than generic."""
-    return _holds_pairs(layer) or (instruction_set() == "avx2" and layer.spread == (1, 1))
+    if instruction_set() == "portable" or layer.spread != (1, 1):
+        return False
+    return _holds_pairs(layer) or not wide_registers()
 
 
 def _channel_block(layer: Layer) -> int:
@@ -117,7 +127,7 @@ def _tiles(layer: Layer, blocks: int, register: Register) -> list[Tile]:
         sums = b * r * u * c * v // (pixels * register.blocks)
         if layer.entries > codegen.MOST_WEIGHTS and instruction_set() == "avx512":
             return sums + _loads_of_row(layer, c * v, pixels) + 1 <= _REGISTERS
-        return sums <= _SUMS[instruction_set()]
+        return sums <= _sums()
 
     tiles = [
         (b, r * u, c * v)
@@ -126,6 +136,15 @@ def _tiles(layer: Layer, blocks: int, register: Register) -> list[Tile]:
         and (register.blocks == 1 or (b == register.blocks and not _odd(r * u, height) and not _odd(c * v, width)))
     ]  # fmt: skip
     return tiles or [(register.blocks, u, pixels * v)]
+
+
+def _sums() -> int:
+    """Return the sums of a tile that are best kept in registers."""
+    return _SUMS_IN_TWO_STEPS if _in_two_steps() else _SUMS[instruction_set()]
+
+
+def _in_two_steps() -> bool:
+    return instruction_set() == "avx512" and not wide_registers()
 
 
 def _odd(tile: int, size: int) -> bool:
@@ -225,13 +244,16 @@ def _suits_pairs(layer: Layer) -> bool:
     return wide_registers() or max(layer.stride) > 1 or height * width >= least
 
 
-def _suits_channels(layer: Layer, tile: Tile) -> bool:
-    """Tell whether going channel by channel, on such tiles, is the fastest for AVX-512."""
+def _suits_channels(layer: Layer, tile: Tile, pooled: bool) -> bool:
+    """Tell whether going channel by channel, on such tiles, is the fastest for AVX-512.
+
+    Only so can a maximum be taken on the way, which saves more than few channels lose.
+    """
     if max(layer.stride) > 1:
         return True
     height, width = layer.out_size
-    few = layer.channels <= _FEW_CHANNELS and _density(layer) <= DENSE and height * width >= _PAIRS_FROM
-    if few and not wide_registers():
+    few = layer.channels <= _FEW_CHANNELS and layer.channels * _density(layer) <= _FEW_KERNELS
+    if few and height * width >= _PAIRS_FROM and not (wide_registers() or pooled):
         return False
     return layer.kernel_size == 3 or tile[1:] == layer.out_size
 
@@ -252,7 +274,7 @@ def _by_filter(layer: Layer, blocks: int) -> list[Choice]:
     """Return the likeliest ways to go through the kernels filter by filter, the best first."""
     channel_block = _channel_block(layer)
     group = _group(layer, channel_block)
-    found = []
+    found = [_by_row(layer, group)] if layer.kernel_size == 1 and _in_two_steps() else []
     sweeps: list[codegen.Sweep] = ["filters"]
     if _holds_pairs(layer):
         sweeps = ["filter_pairs", *sweeps]
@@ -263,6 +285,21 @@ def _by_filter(layer: Layer, blocks: int) -> list[Choice]:
         tiles = sorted(_tiles(layer, blocks, register), key=lambda tile: _cost(layer, blocks, tile, register))
         found += [Choice(sweep, tile, _band(layer, tile), channel_block, group) for tile in tiles[:3]]
     return found
+
+
+def _by_row(layer: Layer, group: int) -> Choice:
+    """Return the choice for a 1x1 layer whose tile is a row of pixels, and whose window fills the first-level cache.
+
+    Windows of dense layers, which are read in order, fill half of it.
+    """
+    (height, width), stride = layer.out_size, layer.stride[1]
+    most = _ROW if stride == 1 else _STRIDED_ROW
+    columns = next((width // parts for parts in range(1, width) if width % parts == 0 and width // parts <= most), 1)
+    columns = min(width, max(columns, _STRIDED_ROW))
+    rows = min(height, max(1, _STRIDED_ROW // columns))
+    pixels = rows * ((columns - 1) * stride + 1) * (2 if _density(layer) > DENSE else 1)
+    channels = 1 << (cache_bytes(1) // (4 * LANES * pixels)).bit_length() - 1
+    return Choice("filters", (1, rows, columns), 1, max(1, min(channels, layer.channels)), group)
 
 
 def _holds_pairs(layer: Layer) -> bool:

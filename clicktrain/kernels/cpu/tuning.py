@@ -27,7 +27,7 @@ from clicktrain.kernels.cpu.library import function, instruction_set
 from clicktrain.kernels.cpu.passes import MOST_CHANNELS, Choice, can_pool, prepare
 
 ROUNDS = 5
-VERSION = 9
+VERSION = 10
 """Of the candidates: choices on disk are of one version of these and of the C++ sources."""
 _OLD_NAMES: dict[str, codegen.Sweep] = {"pairs": "channel_pairs"}
 """Of sweeps, in files that were written before there were pairs of two kinds."""
