@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
@@ -58,6 +58,10 @@ def activations(draw: st.DrawFn) -> Tensor:
 
 
 several = settings(max_examples=60, deadline=None)
+LARGE, LARGE_AND_ODD = (
+    torch.randn(20, 33, *size, generator=torch.Generator().manual_seed(0)) for size in ((28, 30), (29, 31))
+)
+"""Whose results bypass the caches: more than 2 MB."""
 
 
 @several
@@ -88,6 +92,8 @@ def test_batch_statistics_equal_those_of_torch(x: Tensor, momentum: float) -> No
 
 @several
 @given(activations(), st.booleans(), st.booleans())
+@example(LARGE, False, True)
+@example(LARGE_AND_ODD, True, False)
 def test_affine(x: Tensor, with_residual: bool, relu: bool) -> None:
     scale, shift = torch.randn(x.shape[1]), torch.randn(x.shape[1])
     residual = torch.randn_like(x) if with_residual else None
@@ -99,6 +105,9 @@ def test_affine(x: Tensor, with_residual: bool, relu: bool) -> None:
 
 @several
 @given(activations(), st.booleans(), st.booleans(), st.sampled_from(["none", "output", "affine"]))
+@example(LARGE, True, True, "affine")
+@example(LARGE_AND_ODD, True, True, "output")
+@example(LARGE_AND_ODD, False, True, "none")
 def test_batch_norm_backward(x: Tensor, training: bool, affine: bool, relu: str) -> None:
     x = x / x.abs().mean()  # the gradient below divides by the deviation: keep its condition out of the test
     if x.numel() == x.shape[1]:
@@ -159,6 +168,8 @@ def windows(draw: st.DrawFn) -> tuple[tuple[int, int], tuple[int, int], tuple[in
 
 @several
 @given(activations(), st.booleans(), st.booleans())
+@example(LARGE, True, False)
+@example(LARGE_AND_ODD, True, False)
 def test_batch_norm_backward_through_relu_and_pooling(x: Tensor, training: bool, special: bool) -> None:
     x = F.pad(x / x.abs().mean(), (0, 1, 0, 1))  # 2 x 2 at least, and each kind of odd edge
     c = x.shape[1]

@@ -13,6 +13,7 @@ typedef int32_t Mask __attribute__((vector_size(32)));
 typedef uint8_t Places __attribute__((vector_size(8), aligned(1), may_alias));  // a place in a window for each lane
 
 constexpr int64_t kTile = 512;  // pixels that are summed in float32: 16 KB, half of a first-level cache
+constexpr int64_t kStreamedBytes = 2 << 20;  // results from this size on bypass the caches, as those of convolutions do
 
 // A blocked activation [blocks][channels][pixels][8] of a number of images.
 struct Batch {
@@ -27,6 +28,29 @@ struct Batch {
     const Mask lane = {0, 1, 2, 3, 4, 5, 6, 7};
     return lane < static_cast<int32_t>(lanes(block));
   }
+};
+
+// Writes a result; a large one past the caches, which saves reading each line before it is written: 1.00 to 1.03x of a
+// training step of VGG-13 with 64 images on a family 25, model 17 EPYC.
+class Writer {
+ public:
+  // Whole lines: two neighbouring pixels follow one another.
+  explicit Writer(const Batch& batch, bool whole_lines = true)
+      : streams_(
+            whole_lines && batch.blocks() * batch.channels * batch.pixels * int64_t(sizeof(Vec)) >= kStreamedBytes) {}
+  ~Writer() {
+    if (streams_) drain();
+  }
+
+  CLICKTRAIN_INLINE void operator()(float* p, Vec v) const {
+    if (streams_)
+      stream(p, v);
+    else
+      store(p, v);
+  }
+
+ private:
+  const bool streams_;
 };
 
 CLICKTRAIN_INLINE Vec keep(Vec v, Mask mask) { return (Vec)((Mask)v & mask); }
@@ -99,6 +123,7 @@ void affine(
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t c = 0; c < batch.channels; ++c) {
     const Vec a = broadcast(scale[c]), b = broadcast(shift[c]);
+    const Writer write(batch);
     for (int64_t block = 0; block < batch.blocks(); ++block) {
       const Mask mask = batch.mask(block);
       const int64_t begin = batch.plane(block, c), end = begin + batch.pixels * kLanes;
@@ -106,7 +131,7 @@ void affine(
         Vec v = a * load(x + i) + b;
         if (with_residual) v += load(residual + i);
         if (with_relu) v = relu(v);
-        store(y + i, keep(v, mask));
+        write(y + i, keep(v, mask));
       }
     }
   }
@@ -177,12 +202,13 @@ CLICKTRAIN_INLINE void normalisation_backward(const Batch& batch, const Normalis
   store_sums(n, c, sum_g, sum_gx);
   if (!n.dx) return;
   const InputGradient input(batch, n, c, sum_g, sum_gx);
+  const Writer write(batch);
   for (int64_t block = batch.blocks() - 1; block >= 0; --block) {
     const Mask mask = batch.mask(block);
     const int64_t begin = batch.plane(block, c);
     for (int64_t i = begin + (batch.pixels - 1) * kLanes; i >= begin; i -= kLanes) {
       const Vec x = load(n.x + i);
-      store(n.dx + i, keep(input.of(gradient(i, x), x), mask));
+      write(n.dx + i, keep(input.of(gradient(i, x), x), mask));
     }
   }
 }
@@ -249,6 +275,7 @@ inline void pooled_normalisation_backward(const Batch& batch, const Normalisatio
   store_sums(n, c, sum_g, sum_gx);
   if (!n.dx) return;
   const InputGradient input(batch, n, c, sum_g, sum_gx);
+  const Writer write(batch, n.width % 2 == 0);
   for (int64_t block = batch.blocks() - 1; block >= 0; --block) {
     const Mask mask = batch.mask(block);
     const float* const x = n.x + batch.plane(block, c);
@@ -258,10 +285,10 @@ inline void pooled_normalisation_backward(const Batch& batch, const Normalisatio
       for (int i = 0; i < 4; ++i) {
         const Vec v = load(x + at + quarters.pixel(i));
         const Vec g = keep(gradient(plane(block) + window, v), place == i);
-        store(dx + at + quarters.pixel(i), keep(input.of(g, v), mask));
+        write(dx + at + quarters.pixel(i), keep(input.of(g, v), mask));
       }
     });
-    quarters.for_rest([&](int64_t at) { store(dx + at, keep(input.of(Vec{}, load(x + at)), mask)); });
+    quarters.for_rest([&](int64_t at) { write(dx + at, keep(input.of(Vec{}, load(x + at)), mask)); });
   }
 }
 
