@@ -48,6 +48,10 @@ def check(case: Case) -> None:
     assert relative_error(y, want["forward"]) < 1e-5, f"forward_blocked of {case}"
     assert relative_error(dx, want["grad_input"]) < 1e-5, f"grad_input_blocked of {case}"
     assert relative_error(backend.grad_values_blocked(xb, dyb, made), want["grad_values"]) < 1e-5
+
+
+def count(case: Case) -> None:
+    """Remember what was checked."""
     seen["cases"] += 1
     seen["large"] += case.is_large
 
@@ -59,6 +63,7 @@ def test_generic_kernels(case: Case) -> None:
         patch.setattr(codegen, "MAX_PATTERNS", 0)  # the generic sweep for every pool
         tuning.forget()
         check(case)
+        count(case)
 
 
 # The specialised kernels are compiled for pool, size and stride, so these come from short lists.
@@ -83,6 +88,35 @@ def specialised_cases(draw: st.DrawFn) -> Case:
 @settings(MINE, max_examples=SPECIALISED_CASES)
 @given(specialised_cases())
 def test_specialised_kernels(case: Case) -> None:
+    tuning.forget()
+    check(case)
+    count(case)
+
+
+@st.composite
+def wide_layers(draw: st.DrawFn) -> Case:
+    """Small images with so many filters or channels that no cache holds an image, or the sums."""
+    pool, size, padding = draw(
+        st.sampled_from(
+            (
+                (official_pool(4), (4, 4), 1),
+                (official_pool(4), (2, 2), 1),
+                (full_pool(1), (4, 4), 0),
+                (full_pool(1), (7, 7), 0),
+            )
+        )
+    )
+    many, few = draw(st.integers(1000, 9000)), draw(st.integers(1, 9))
+    filters, channels = draw(st.permutations((many, few)))
+    return Case(
+        pool, filters, channels, draw(st.integers(1, 17)), size, (1, 1), (padding,) * 2,
+        draw(st.sampled_from((0.01, 0.1, 1.0))), draw(st.integers(0, 2**32 - 1)),
+    )  # fmt: skip
+
+
+@settings(MINE, max_examples=60)
+@given(wide_layers())
+def test_wide_layers(case: Case) -> None:
     tuning.forget()
     check(case)
 
