@@ -26,8 +26,8 @@ _SUMS_IN_TWO_STEPS = 16
 """Where AVX-512 computes 512 bits in two steps: with 3 to 32 channels 4 x 4 pixels were 1.0 to 1.1x faster than 3 x 8
 (family 25, model 17 EPYC)."""
 _ROW, _STRIDED_ROW = 14, 8
-"""Of 1x1 layers there, the most pixels of a row that are computed at once: 0.95 to 2.7x over the generic sweep with 56 x
-56 to 4 x 4 pixels that keep all, half or an eighth of the kernels; 3 x 8 pixels were slower than that one."""
+"""Of 1x1 layers there, the most pixels of a row that are computed at once: 0.95 to 2.7x over the generic sweep, with 56
+x 56 to 4 x 4 pixels that keep all to an eighth of the kernels; 3 x 8 pixels were slower than that one."""
 _REGISTERS = 32  # of AVX-512, the only set that holds a whole window
 _SUMS_UNDER_WAY = 3
 _PASSING_ENTRIES = 4
