@@ -27,14 +27,16 @@ from torch import Tensor
 
 from clicktrain.errors import InvalidArgument
 from clicktrain.kernels.cpu.layer import Layer
-from clicktrain.kernels.cuda import codegen, gradient_tiling, layout, tiling, tuning
+from clicktrain.kernels.cuda import codegen, gradient_tiling, layout, tiling, tuning, window_text
 from clicktrain.kernels.cuda import tensor as tensor_cores
 from clicktrain.kernels.cuda.codegen import ConvolutionSpec, Dtype, GradientSpec
 from clicktrain.kernels.cuda.launch import CupyLauncher, Launcher, available, compile_ahead
 from clicktrain.kernels.cuda.region import LANES, Region, groups
 from clicktrain.kernels.cuda.tensor import as_batch_last, is_batch_last
 from clicktrain.kernels.cuda.tensor_text import IMAGES
-from clicktrain.kernels.cuda.tuning import choices, use_choices
+from clicktrain.kernels.cuda.tuning import AnyGradientSpec, choices, use_choices
+from clicktrain.kernels.cuda.window import WindowGradient, add_up
+from clicktrain.kernels.cuda.window_text import WindowSpec
 from clicktrain.kernels.plan import Plan
 from clicktrain.kernels.preparation import FUNCTIONS
 
@@ -47,7 +49,6 @@ DTYPES: dict[torch.dtype, Dtype] = {
     torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16",
 }  # fmt: skip
 INDEX_LIMIT = 2**31 - 1
-FINISH_THREADS = 256
 
 
 @dataclass(frozen=True)
@@ -161,12 +162,9 @@ class Convolution:
 class Gradient:
     """The gradient of the values on one device, ready to run."""
 
-    def __init__(
-        self, layer: Layer, images: int, dtype: Dtype, device: torch.device, spec: GradientSpec | None = None
-    ) -> None:
-        self.layer, self.images = layer, images
+    def __init__(self, layer: Layer, images: int, device: torch.device, spec: GradientSpec) -> None:
+        self.layer, self.images, self.spec = layer, images, spec
         limits = launcher.limits(device)
-        self.spec = spec or tuning.gradient_spec(layer, images, dtype, limits)
         self.text = codegen.unit(self.spec)
         made = layout.tasks(layer, self.spec)
         self._tasks, self._pieces, self._piece_count = (
@@ -193,9 +191,18 @@ class Gradient:
                 self._splits, shape[0],
             ),
         )  # fmt: skip
-        arguments = (partial, dvalues, count, self._splits)
-        launcher.launch(self.text, "finish", -(-count // FINISH_THREADS), FINISH_THREADS, 0, arguments)
+        add_up(launcher, self.text, partial, dvalues, self._splits)
         return dvalues
+
+
+def gradient(
+    layer: Layer, images: int, dtype: Dtype, device: torch.device, spec: AnyGradientSpec | None = None
+) -> Gradient | WindowGradient:
+    """Return the gradient of the values, ready to run; of the kind that the specification is for."""
+    spec = spec or tuning.gradient_spec(layer, images, dtype, launcher.limits(device))
+    if isinstance(spec, WindowSpec):
+        return WindowGradient(layer, images, device, launcher, spec)
+    return Gradient(layer, images, device, spec)
 
 
 def _grid(layer: Layer, tile: tuple[int, int], region: Region) -> tuple[int, int]:
@@ -238,11 +245,11 @@ class Runtime:
         return Convolution(self._layers[1], *self._rest)
 
     @cached_property
-    def gradient(self) -> Gradient | tensor_cores.ValuesGradient:
+    def gradient(self) -> Gradient | WindowGradient | tensor_cores.ValuesGradient:
         """The gradient of the values."""
         if self._for_tensor_cores:
             return tensor_cores.ValuesGradient(*self._for_tensor_cores)
-        return Gradient(self._layers[0], *self._rest)
+        return gradient(self._layers[0], *self._rest)
 
 
 _runtimes: WeakKeyDictionary[Plan, dict[tuple[Dtype, torch.device, bool], Runtime]] = WeakKeyDictionary()
@@ -322,7 +329,7 @@ def _tune(made: Plan, dtype: torch.dtype, batch_last: bool, functions: Collectio
     if "grad_values" in functions:
         tuning.tune(
             GradientSpec, layers[0], *context, tuning.likely_gradients,
-            lambda spec: partial(Gradient(layers[0], *context[:2], device, spec).run, x, dy, made.values_shape),
+            lambda spec: partial(gradient(layers[0], *context[:2], device, spec).run, x, dy, made.values_shape),
         )  # fmt: skip
     _runtimes.pop(made, None)
 
@@ -348,12 +355,16 @@ def units(
     if "grad_input" in functions:
         found += [_text(spec) for spec in tuning.likely(transposed, images, name, limits)[:candidates]]
     if "grad_values" in functions:
-        found += [codegen.unit(spec) for spec in tuning.likely_gradients(forward, images, name, limits)[:candidates]]
+        found += [_gradient_text(spec) for spec in tuning.likely_gradients(forward, images, name, limits)[:candidates]]
     return found
 
 
 def _text(spec: ConvolutionSpec, fused: bool = False) -> str:
     return codegen.unit(replace(spec, fused=fused))
+
+
+def _gradient_text(spec: AnyGradientSpec) -> str:
+    return window_text.unit(spec) if isinstance(spec, WindowSpec) else codegen.unit(spec)
 
 
 def _on(array: NDArray[np.int32], device: torch.device) -> Tensor:

@@ -244,7 +244,8 @@ def render(spec: ConvolutionSpec | GradientSpec) -> str:
     if isinstance(spec, ConvolutionSpec):
         parts = [_constants(_convolution_constants(spec), spec.dtype), *_sweep(spec), _source("convolution.cuh")]
     else:
-        parts = [_constants(_gradient_constants(spec), spec.dtype), *_accumulate(spec), _source("gradient.cuh")]
+        parts = [_constants(_gradient_constants(spec), spec.dtype), *_accumulate(spec)]
+        parts += [_source("gradient.cuh"), _source("finish.cuh")]
     return "\n".join(parts)
 
 
@@ -261,7 +262,7 @@ def _source(name: str) -> str:
 @cache
 def sources() -> str:
     """Return a digest of everything that is written by hand."""
-    names = ("platform.cuh", "convolution.cuh", "gradient.cuh")
+    names = ("platform.cuh", "convolution.cuh", "gradient.cuh", "window_gradient.cuh", "finish.cuh")
     return hashlib.sha256("".join(map(_source, names)).encode()).hexdigest()
 
 

@@ -165,13 +165,3 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     }
   }
 }
-
-// Add up what the splits found, one after another, and round once.
-extern "C" __global__ void __launch_bounds__(256)
-    finish(const float* partial, Element* dvalues, int count, int splits) {
-  const int i = blockIdx.x * 256 + threadIdx.x;
-  if (i >= count) return;
-  float total = 0.0f;
-  for (int split = 0; split < splits; ++split) total += partial[split * count + i];
-  from_float(total, dvalues[i]);
-}

@@ -107,7 +107,7 @@ class Region:
 def conflicts(region: Region) -> int:
     """Return how many accesses a load of a warp takes: 1 where no two corners share a bank."""
     images, bands = np.array([region.image_pitch]), np.array([region.step[0] * region.row_pitch + region.skew])
-    return int(_collisions(region.lanes, images, bands, region.step[1], region.vector)[0])
+    return int(collisions(region.lanes, images, bands, region.step[1], region.vector)[0])
 
 
 def lane_grids(tiles: Pair, patches: int, exact: bool) -> Iterator[Triple]:
@@ -133,7 +133,7 @@ def groups(lanes: Triple, tiles: Pair, patches: int) -> int:
     return ceil(patches / lanes[0]) * ceil(tiles[0] / lanes[1]) * ceil(tiles[1] / lanes[2])
 
 
-def _collisions(lanes: Triple, images: Integers, bands: Integers, column: int, vector: int) -> Integers:
+def collisions(lanes: Triple, images: Integers, bands: Integers, column: int, vector: int) -> Integers:
     """Return, for each choice of steps along images and bands, how many lanes share the fullest bank.
 
     Lanes that load `vector` words at once are served in `vector` turns, each with all banks.
@@ -168,6 +168,6 @@ def _best_pitches(lanes: Triple, size: Pair, step: Pair, vector: int, skews: ran
         ]
     )
     image_pitch = rows * pitch + (rows - 1) // step[0] * skew + spare
-    conflicts = _collisions(lanes, image_pitch, step[0] * pitch + skew, step[1], vector)
+    conflicts = collisions(lanes, image_pitch, step[0] * pitch + skew, step[1], vector)
     best = np.lexsort((image_pitch, conflicts))[0]
     return (int(pitch[best]), int(skew[best]), int(image_pitch[best])), int(conflicts[best])

@@ -175,7 +175,7 @@ def cut(
     sets: tuple[tuple[int, ...], ...] = tuple((slot,) for slot in range(slots))
     if slots == 2 and paired:
         sets = (*sets, (0, 1))
-    axes = [_window(layer, axis, tile[axis], trim) for axis in range(2)]
+    axes = [window_of(layer, axis, tile[axis], trim) for axis in range(2)]
     region = Region(lanes, per_patch, (axes[0].size, axes[1].size), (axes[0].step, axes[1].step))
     return ConvolutionSpec(
         dtype, layer.kernel_size, layer.patterns, warps, slots, sets, tile, region,
@@ -192,8 +192,8 @@ def shared_bytes(spec: ConvolutionSpec, weight_words: int, program_words: int) -
 
 
 @dataclass(frozen=True)
-class _Window:
-    """Along one axis; see `ConvolutionSpec`."""
+class Window:
+    """Of a patch, along one axis; see `ConvolutionSpec`."""
 
     start: int
     size: int
@@ -202,7 +202,7 @@ class _Window:
     exists: Pair
 
 
-def _window(layer: Layer, axis: int, tile: int, trim: bool) -> _Window:
+def window_of(layer: Layer, axis: int, tile: int, trim: bool) -> Window:
     """Return the window of a tile; where one tile spans the output and `trim` is set, it leaves padding out."""
     padding, spread, stride = layer.padding[axis], layer.spread[axis], layer.stride[axis]
     start = -(padding // spread)
@@ -212,7 +212,7 @@ def _window(layer: Layer, axis: int, tile: int, trim: bool) -> _Window:
         start, last = max(start, 0), min(last, layer.in_size[axis] - 1)
     size = max(1, last - start + 1)
     exists = (0, min(size, layer.in_size[axis] - start)) if spans else (0, size)
-    return _Window(start, size, -padding - start * spread, tile * stride // spread, exists)
+    return Window(start, size, -padding - start * spread, tile * stride // spread, exists)
 
 
 def _tiles(size: Pair, pixels: int, spread: Pair) -> list[Pair]:
@@ -239,7 +239,7 @@ def copy_cycles(region: Region) -> float:
 def _lanes(layer: Layer, tile: Pair, per_patch: int, images: int) -> Triple:
     """Return the grid of lanes with the least to copy and compute, conflicts and skew counted."""
     tiles, patches = tile_count(layer.out_size, tile), ceil(images / per_patch)
-    axes = [_window(layer, axis, tile[axis], trim=True) for axis in range(2)]
+    axes = [window_of(layer, axis, tile[axis], trim=True) for axis in range(2)]
 
     def region(lanes: Triple) -> Region:
         return Region(lanes, per_patch, (axes[0].size, axes[1].size), (axes[0].step, axes[1].step))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar, cast
@@ -19,18 +20,21 @@ from clicktrain.errors import BackendUnavailable, InvalidArgument
 from clicktrain.files import write_atomic
 from clicktrain.kernels import build
 from clicktrain.kernels.cpu.layer import Layer
-from clicktrain.kernels.cuda import codegen, gradient_tiling, tiling
+from clicktrain.kernels.cuda import codegen, gradient_tiling, tiling, window_tiling
 from clicktrain.kernels.cuda.codegen import ConvolutionSpec, Dtype, GradientSpec
 from clicktrain.kernels.cuda.region import Pair
 from clicktrain.kernels.cuda.tiling import Limits
+from clicktrain.kernels.cuda.window_text import WindowSpec
 
 CANDIDATES = 6
+WINDOWS, MOST_ALIKE, OTHERS = 8, 3, 2
+"""Gradients of the values with windows in registers that are measured, of these with like patches, and others."""
 ROUNDS = 7
 FLUSH_BYTES = 128 << 20
 """Written before each sample, so that operands come from memory as they do between two layers."""
 
 Spec = ConvolutionSpec | GradientSpec
-S = TypeVar("S", ConvolutionSpec, GradientSpec)
+AnyGradientSpec = GradientSpec | WindowSpec
 T = TypeVar("T")
 
 
@@ -90,9 +94,30 @@ class TensorChoice:
     buffers: int
 
 
+@dataclass(frozen=True)
+class WindowChoice:
+    """The same for the gradient of the values with windows in registers.
+
+    Attributes
+    ----------
+    patch : (int, int)
+        Rows and columns of a patch.
+    images, warps, resident, filters, channels : int
+        As in `WindowSpec`.
+    """
+
+    patch: Pair
+    images: int
+    warps: int
+    resident: int
+    filters: int
+    channels: int
+
+
+AnyChoice = Choice | TensorChoice | WindowChoice
 C = TypeVar("C", Choice, TensorChoice)
-_choices: dict[str, Choice | TensorChoice] = {}
-_specs: dict[tuple[str, Choice | TensorChoice], Any] = {}
+_choices: dict[str, AnyChoice] = {}
+_specs: dict[tuple[str, AnyChoice], Any] = {}
 """What choices mean: to think through all ways to cut up a pass takes a second."""
 _likely: dict[str, list[Any]] = {}
 
@@ -121,12 +146,24 @@ def forget() -> None:
 
 def convolution_spec(layer: Layer, images: int, dtype: Dtype, limits: Limits) -> ConvolutionSpec:
     """Return how to cut up a convolution pass: as tuned, imported or chosen before, else as estimated."""
-    return _spec(ConvolutionSpec, layer, images, dtype, limits, tiling.convolution_spec, tiling.candidates)
+    context = layer, images, dtype, limits
+    return chosen(
+        fingerprint(*context, ConvolutionSpec), lambda: tiling.convolution_spec(*context),
+        lambda: tiling.candidates(*context), choice_of,
+    )  # fmt: skip
 
 
-def gradient_spec(layer: Layer, images: int, dtype: Dtype, limits: Limits) -> GradientSpec:
+def gradient_spec(layer: Layer, images: int, dtype: Dtype, limits: Limits) -> AnyGradientSpec:
     """Return how to cut up the gradient of the values, likewise."""
-    return _spec(GradientSpec, layer, images, dtype, limits, gradient_tiling.spec, gradient_tiling.candidates)
+
+    def estimated() -> AnyGradientSpec:
+        return window_tiling.spec(*context) or gradient_tiling.spec(*context)
+
+    def everything() -> list[AnyGradientSpec]:
+        return [*window_tiling.candidates(*context), *gradient_tiling.candidates(*context)]
+
+    context = layer, images, dtype, limits
+    return chosen(fingerprint(*context, GradientSpec), estimated, everything, choice_of)
 
 
 def likely(layer: Layer, images: int, dtype: Dtype, limits: Limits) -> list[ConvolutionSpec]:
@@ -142,12 +179,26 @@ def likely(layer: Layer, images: int, dtype: Dtype, limits: Limits) -> list[Conv
     return _likely[key]
 
 
-def likely_gradients(layer: Layer, images: int, dtype: Dtype, limits: Limits) -> list[GradientSpec]:
-    """Return the same for the gradient of the values."""
+def likely_gradients(layer: Layer, images: int, dtype: Dtype, limits: Limits) -> list[AnyGradientSpec]:
+    """Return the same for the gradient of the values: of both kinds, where windows in registers are possible."""
     key = fingerprint(layer, images, dtype, limits, GradientSpec)
     if key not in _likely:
-        _likely[key] = gradient_tiling.candidates(layer, images, dtype, limits)
+        windows = _different_windows(window_tiling.candidates(layer, images, dtype, limits))
+        others = gradient_tiling.candidates(layer, images, dtype, limits)
+        _likely[key] = [*windows, *(others[:OTHERS] if windows else others)]
     return _likely[key]
+
+
+def _different_windows(ordered: list[WindowSpec]) -> list[WindowSpec]:
+    """Return the first of some specifications that are not too much alike."""
+    found: list[WindowSpec] = []
+    seen: Counter[object] = Counter()
+    for spec in ordered:
+        way = tuple(sorted(spec.tile)), spec.images, spec.resident
+        if len(found) < WINDOWS and seen[way] < MOST_ALIKE and not seen[way, spec.filters]:
+            found.append(spec)
+            seen.update((way, (way, spec.filters)))
+    return found
 
 
 def fastest(specs: Sequence[T], run: Callable[[T], Callable[[], object]]) -> T:
@@ -180,13 +231,13 @@ def fastest(specs: Sequence[T], run: Callable[[T], Callable[[], object]]) -> T:
 
 
 def tune(
-    kind: type[S],
+    kind: type[Spec],
     layer: Layer,
     images: int,
     dtype: Dtype,
     limits: Limits,
-    candidates: Callable[[Layer, int, Dtype, Limits], list[S]],
-    run: Callable[[S], Callable[[], object]],
+    candidates: Callable[[Layer, int, Dtype, Limits], list[T]],
+    run: Callable[[T], Callable[[], object]],
 ) -> None:
     """Choose the fastest way to cut up a pass: as found on disk, or else measured and written there."""
     key = fingerprint(layer, images, dtype, limits, kind)
@@ -196,7 +247,7 @@ def tune(
 def measure(
     key: str,
     candidates: Callable[[], list[Any]],
-    choice: Callable[[Any], Choice | TensorChoice],
+    choice: Callable[[Any], AnyChoice],
     run: Callable[[Any], Callable[[], object]],
 ) -> None:
     """Choose the fastest of some specifications for a fingerprint, which are made from choices."""
@@ -211,7 +262,7 @@ def chosen(
     key: str,
     estimated: Callable[[], T],
     candidates: Callable[[], Iterable[T]],
-    choice: Callable[[T], Choice | TensorChoice],
+    choice: Callable[[T], AnyChoice],
 ) -> T:
     """Return the specification for a fingerprint: as chosen before, else as estimated, which is remembered."""
     if key not in _choices:
@@ -223,7 +274,7 @@ def chosen(
     return cast(T, _specs[key, _choices[key]])
 
 
-def _remember(key: str, choice: Choice | TensorChoice, spec: object) -> None:
+def _remember(key: str, choice: AnyChoice, spec: object) -> None:
     _choices[key] = choice
     _specs[key, choice] = spec
 
@@ -239,10 +290,12 @@ def remembered(key: str, estimated: C) -> C:
     return choice if isinstance(choice, type(estimated)) else estimated
 
 
-def choice_of(spec: Spec) -> Choice:
+def choice_of(spec: Spec | WindowSpec) -> Choice | WindowChoice:
     """Return the choice that a specification was made from."""
     if isinstance(spec, ConvolutionSpec):
         return Choice(spec.tile, spec.images, spec.warps, spec.resident, spec.slots)
+    if isinstance(spec, WindowSpec):
+        return WindowChoice(spec.tile, spec.images, spec.warps, spec.resident, spec.filters, spec.channels)
     return Choice(spec.tile, spec.images, spec.warps, spec.resident, spec.task_kernels, spec.tasks)
 
 
@@ -256,34 +309,28 @@ def fingerprint(layer: Layer, images: int, dtype: Dtype, limits: Limits, kind: t
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 
 
-def _spec(
-    kind: type[S],
-    layer: Layer,
-    images: int,
-    dtype: Dtype,
-    limits: Limits,
-    estimated: Callable[[Layer, int, Dtype, Limits], S],
-    all_candidates: Callable[[Layer, int, Dtype, Limits], list[S]],
-) -> S:
-    context = layer, images, dtype, limits
-    key = fingerprint(*context, kind)
-    return chosen(key, lambda: estimated(*context), lambda: all_candidates(*context), choice_of)
-
-
-def _parsed(key: str, fields: Mapping[str, Any]) -> Choice | TensorChoice:
+def _parsed(key: str, fields: Mapping[str, Any]) -> AnyChoice:
     try:
         if "rect" in fields:
-            rows, columns = (int(size) for size in fields["rect"])
-            names = [name for name in TensorChoice.__dataclass_fields__ if name != "rect"]
-            return TensorChoice((rows, columns), **{name: int(fields[name]) for name in names})
-        rows, columns = (int(size) for size in fields["tile"])
-        numbers = {name: int(fields[name]) for name in ("images", "warps", "resident", "slots", "tasks")}
+            return TensorChoice(_pair(fields["rect"]), **_integers(TensorChoice, "rect", fields))
+        if "patch" in fields:
+            return WindowChoice(_pair(fields["patch"]), **_integers(WindowChoice, "patch", fields))
+        return Choice(_pair(fields["tile"]), **_integers(Choice, "tile", fields))
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidArgument(
             f"choice {key}={fields!r}: expected tile, images, warps, resident, slots and tasks; or for tensor cores "
-            f"{', '.join(TensorChoice.__dataclass_fields__)}"
+            f"{', '.join(TensorChoice.__dataclass_fields__)}; or for windows in registers "
+            f"{', '.join(WindowChoice.__dataclass_fields__)}"
         ) from error
-    return Choice((rows, columns), **numbers)
+
+
+def _pair(sizes: Any) -> Pair:
+    rows, columns = (int(size) for size in sizes)
+    return rows, columns
+
+
+def _integers(kind: type[AnyChoice], other: str, fields: Mapping[str, Any]) -> dict[str, int]:
+    return {name: int(fields[name]) for name in kind.__dataclass_fields__ if name != other}
 
 
 def _file(key: str) -> str:
@@ -291,14 +338,14 @@ def _file(key: str) -> str:
     return f"choice-{key}-{hashlib.sha256(device.encode()).hexdigest()[:16]}.json"
 
 
-def _read(key: str) -> Choice | TensorChoice | None:
+def _read(key: str) -> AnyChoice | None:
     try:
         return _parsed(key, json.loads((build.cache_directory() / _file(key)).read_text()))
     except (BackendUnavailable, InvalidArgument, OSError, ValueError):
         return None
 
 
-def _write(key: str, choice: Choice | TensorChoice) -> None:
+def _write(key: str, choice: AnyChoice) -> None:
     try:
         write_atomic(build.cache_directory() / _file(key), json.dumps(asdict(choice)))
     except (BackendUnavailable, OSError):

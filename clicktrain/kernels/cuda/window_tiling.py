@@ -1,0 +1,208 @@
+"""How the gradient of the values with windows in registers is cut up: patches, filters and channels of a piece."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from math import ceil, prod, sqrt
+
+import numpy as np
+
+from clicktrain.kernels.cpu.layer import Layer
+from clicktrain.kernels.cuda.codegen import Dtype
+from clicktrain.kernels.cuda.region import BANKS, LANES, Pair, Region, Triple, collisions, groups, lane_grids
+from clicktrain.kernels.cuda.tiling import INSTRUCTION_BYTES, Limits, tile_count, window_of
+from clicktrain.kernels.cuda.window_text import EARLY_UNITS, Frame, WindowSpec
+
+MOST_ENTRIES = 9
+PIXELS = 64
+"""Of a patch, at most, all images."""
+CODE_BYTES = 40 << 10
+OTHER_REGISTERS = {True: 22, False: 30}
+"""Beside windows, patches and sums; by whether windows are whole images."""
+WARPS = {64: 32, 80: 24, 96: 20, 128: 16}
+"""Warps of a multiprocessor by registers of a thread."""
+RESIDENT = (1, 2)
+FILTER_PARTS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32)
+CHANNEL_PARTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)
+FEWEST_CHANNELS = 8
+LIKELY_GRIDS = 6
+WORDS_PER_CYCLE = 6.0
+"""From the second-level cache to a multiprocessor, where all ask (H100)."""
+COPY_CYCLES = {4: 8.0, 1: 4.5}
+"""Of shared memory for 32 copies of so many words (H100)."""
+REGION_CYCLES, BLOCK_CYCLES = 2500.0, 3000.0
+"""To start and end a region, and a block."""
+
+
+def spec(layer: Layer, images: int, dtype: Dtype, limits: Limits) -> WindowSpec | None:
+    """Choose how the gradient of the values is cut up; None where it cannot be, or not well."""
+    return next(iter(candidates(layer, images, dtype, limits)), None)
+
+
+def candidates(layer: Layer, images: int, dtype: Dtype, limits: Limits) -> list[WindowSpec]:
+    """Return the ways to cut up the gradient of the values that are worth a thought, the likely best first."""
+    if dtype != "float32" or layer.entries > MOST_ENTRIES or not len(layer.kernels.filters) or not images:
+        return []
+    found = [made for patch in _patches(layer, images, limits) for made in _fillings(patch, layer, images, limits)]
+    return sorted(dict.fromkeys(found), key=lambda made: estimate(made, layer, images, limits))
+
+
+def cut(layer: Layer, tile: Pair, per_patch: int, lanes: Triple, warps: int, resident: int) -> WindowSpec:
+    """Return a specification for patches of this kind with one filter and one channel in a piece."""
+    axes = [window_of(layer, axis, tile[axis], trim=True) for axis in range(2)]
+    spans = (tile[0] == layer.out_size[0], tile[1] == layer.out_size[1])
+    window, start = (axes[0].size, axes[1].size), (axes[0].start, axes[1].start)
+    made = WindowSpec(
+        layer.kernel_size, layer.patterns, warps, resident, tile, per_patch, lanes, window,
+        (axes[0].origin, axes[1].origin), start, spans, layer.stride, layer.in_size, layer.out_size, None,
+    )  # fmt: skip
+    bare = all(spans) and window == layer.in_size and start == (0, 0)
+    return made if bare else replace(made, frame=_frame(made))
+
+
+def _frame(made: WindowSpec) -> Frame:
+    """Return how windows lie in a slot: whole rows, copied and loaded by 4, where they span the image."""
+    step = (made.tile[0] * made.stride[0], made.tile[1] * made.stride[1])
+    rows, columns = ((n - 1) * s + w for n, s, w in zip(made.lanes[1:], step, made.window, strict=True))
+    width, images = made.in_size[1], made.lanes[0] * made.images
+    whole_rows = made.lanes[2] * made.tile[1] == made.out_size[1] and made.tile[1] % 4 == width % 4 == 0
+    if whole_rows and made.stride[1] == 1 and -4 <= made.start[1] <= 0 and columns + made.start[1] <= width + 4:
+        pitches = np.array([(p, i) for p in (width + 4, width + 8) for i in range(rows * p, rows * p + BANKS, 4)])
+        found = collisions(made.lanes, pitches[:, 1], step[0] * pitches[:, 0], step[1], 4)
+        row_pitch, image_pitch = (int(word) for word in pitches[np.lexsort((pitches[:, 1], found))[0]])
+        # Rows above and below all images of a region are padding that need not be copied either.
+        top, below = -made.start[0], rows + made.start[0] - made.in_size[0]
+        whole_columns = made.lanes[1] * made.tile[0] == made.out_size[0] and top > 0 and below >= 0
+        copied, top = (made.in_size[0], top) if whole_columns else (rows, 0)
+        return Frame(copied, width, top, row_pitch, 0, image_pitch, 4, images * image_pitch + 4)
+    region = Region(made.lanes, made.images, made.window, step)
+    return Frame(rows, columns, 0, region.row_pitch, region.skew, region.image_pitch, 0, region.words)
+
+
+def registers(made: WindowSpec) -> int:
+    """Return about how many registers a thread needs."""
+    patch = 4 * min(made.units, EARLY_UNITS)
+    return made.images * prod(made.window) + patch + 2 * made.entries + OTHER_REGISTERS[made.frame is None]
+
+
+def code_bytes(made: WindowSpec) -> int:
+    """Return about how long the code of the patterns is."""
+    return INSTRUCTION_BYTES * len(made.patterns) * (made.images * prod(made.tile) * made.entries + 10)
+
+
+def _patches(layer: Layer, images: int, limits: Limits) -> Iterator[WindowSpec]:
+    """Yield the best grid of lanes for each tile, images of a patch, and number of warps."""
+    divisors = [[t for t in range(1, size + 1) if size % t == 0] for size in layer.out_size]
+    for tile in product(*divisors):
+        for per_patch in (1, 2, 4, 8):
+            if per_patch * prod(tile) > min(PIXELS, 2 * limits.lane_pixels) or per_patch > images:
+                continue
+            made = _with_lanes(layer, (tile[0], tile[1]), per_patch, images)
+            if code_bytes(made) > CODE_BYTES:
+                continue
+            fitting = (warps for most, warps in WARPS.items() if registers(made) <= most)
+            for warps, resident in product(fitting, RESIDENT):
+                yield replace(made, warps=min(warps // resident, limits.warps), resident=resident)
+
+
+def _with_lanes(layer: Layer, tile: Pair, per_patch: int, images: int) -> WindowSpec:
+    """Return a specification with the grid of lanes that has the least to copy and the fewest idle lanes."""
+    tiles, patches = tile_count(layer.out_size, tile), ceil(images / per_patch)
+
+    def cost(made: WindowSpec) -> float:
+        return groups(made.lanes, tiles, patches) * (4 * _kernel_cycles(made) + _window_cycles(made))
+
+    grids = sorted(
+        lane_grids(tiles, patches, exact=True),
+        key=lambda lanes: (groups(lanes, tiles, patches), lanes[2] != tiles[1], -lanes[2]),
+    )
+    return min((cut(layer, tile, per_patch, lanes, 1, 1) for lanes in grids[:LIKELY_GRIDS]), key=cost)
+
+
+def _fillings(made: WindowSpec, layer: Layer, images: int, limits: Limits) -> Iterator[WindowSpec]:
+    """Yield pieces of so many filters and channels as fit into shared memory."""
+    density = len(layer.kernels.filters) / (layer.filters * layer.channels)
+    room = limits.shared_of(made.resident)
+    for filter_parts, channel_parts in product(FILTER_PARTS, CHANNEL_PARTS):
+        filters, channels = ceil(layer.filters / filter_parts), ceil(layer.channels / channel_parts)
+        if (channel_parts > 1 and channels < FEWEST_CHANNELS) or (filter_parts > 1 and filters < 4):
+            continue
+        expected = density * filters * channels
+        # More are cut off into pieces of their own: a channel always fits.
+        kernels = min(filters * channels, max(filters, ceil(1.05 * expected + 3 * sqrt(expected))))
+        filled = replace(made, filters=filters, channels=channels, kernels=kernels)
+        if filled.shared_bytes <= room:
+            yield filled
+
+
+def _kernel_cycles(made: WindowSpec) -> float:
+    """Return about how many cycles of a multiprocessor a kernel of a region takes a warp."""
+    pixels = [(row, column) for row in range(made.tile[0]) for column in range(made.tile[1])]
+    taps = [tap for pattern in made.patterns for tap in pattern]
+    products = sum(made.word(tap, *pixel) is not None for tap in taps for pixel in pixels) / len(made.patterns)
+    shuffles = _shuffles(made)
+    shared = 4 * made.units + 1 + shuffles + 1 + 1 + 2 / made.groups
+    issue = (made.images * products + made.units + 3 * shuffles + 22) / 4
+    return float(max(shared, issue))
+
+
+def _shuffles(made: WindowSpec) -> int:
+    """Return how many shuffles the sums of a kernel need."""
+    found, count, distance = 0, made.entries, made.cells // 2
+    while distance:
+        count = min(count, distance)
+        found, distance = found + count, distance // 2
+    return found
+
+
+def _window_cycles(made: WindowSpec) -> float:
+    """Return about how many cycles of a multiprocessor it takes to copy and load the windows of a warp."""
+    words = made.lanes[0] * made.images * (made.frame.rows * made.frame.columns if made.frame else prod(made.in_size))
+    copies = ceil(words / made.x_vector / LANES)
+    if made.frame is None:
+        loads = 4.0 * made.images * ceil(prod(made.in_size) / 4)
+    elif made.frame.left:
+        first = made.frame.left + made.start[1]
+        loads = 4.0 * made.images * made.window[0] * ((first + made.window[1] - 1) // 4 - first // 4 + 1)
+    else:
+        loads = float(made.images * prod(made.window))
+    return copies * (COPY_CYCLES[made.x_vector] + 4) + loads + 20
+
+
+def estimate(made: WindowSpec, layer: Layer, images: int, limits: Limits) -> float:
+    """Return about how many cycles it takes. Good for choosing, no more."""
+    regions = region_count(made, layer, images)
+    pieces = ceil(layer.filters / made.filters) * ceil(layer.channels / made.channels)
+    parts = splits(pieces, regions, made.resident, limits)
+    blocks = pieces * parts
+    resident = min(made.resident, ceil(blocks / limits.multiprocessors))
+    of_piece = len(layer.kernels.filters) / pieces
+    # The longest of the warps is waited for; few warps do not hide each other's latency.
+    runs = made.channels / made.warps
+    uneven = 1 + 0.3 / max(0.5, runs)
+    hidden = min(1.0, resident * made.warps / 24) ** 0.4
+    work = of_piece * _kernel_cycles(made) + made.channels * _window_cycles(made)
+    dy_words = made.filters * made.lanes[0] * made.images * prod(made.lanes[1:]) * prod(made.tile)
+    copies = dy_words / made.vector / LANES * (COPY_CYCLES[made.vector] + 2)
+    words = dy_words + made.channels * LANES * made.images * prod(made.window)
+    region = max(work * uneven / hidden, words / WORDS_PER_CYCLE) * resident + (copies + REGION_CYCLES)
+    waves = ceil(blocks / (limits.multiprocessors * resident))
+    return float(waves * (ceil(regions / parts) * region + BLOCK_CYCLES) + 12 * parts + 1500)
+
+
+def region_count(made: WindowSpec, layer: Layer, images: int) -> int:
+    """Return how many regions cover the outputs."""
+    return groups(made.lanes, tile_count(layer.out_size, made.tile), ceil(images / made.images))
+
+
+def splits(pieces: int, regions: int, resident: int, limits: Limits) -> int:
+    """Return into how many parts the regions are divided: the fewest for which no multiprocessor has less to do."""
+    seats = limits.multiprocessors * resident
+    most = min(regions, ceil(2 * seats / max(1, pieces)))
+
+    def rounds(parts: int) -> float:
+        return ceil(pieces * parts / seats) * (ceil(regions / parts) + 0.1)
+
+    return min(range(1, most + 1), key=rounds)
