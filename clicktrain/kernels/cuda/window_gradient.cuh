@@ -74,7 +74,7 @@ __device__ __forceinline__ void copy_windows(float* slot, const float* x, Place 
                                              int images) {
   constexpr int COLUMNS = X_COLUMNS / X_VECTOR, PARTS = X_ROWS * COLUMNS;
   const int lane = threadIdx.x % 32, top = X_TOP ? 0 : at.row * STRIDE_ROWS + START_ROW;
-  const int left = X_LEFT ? 0 : at.column * STRIDE_COLUMNS + START_COLUMN;
+  const int left = X_VECTOR == 4 ? 0 : at.column * STRIDE_COLUMNS + START_COLUMN;
 #pragma unroll 4
   for (int item = lane; item < REGION_IMAGES * PARTS; item += 32) {
     const int image = item / PARTS, row = item % PARTS / COLUMNS, column = item % COLUMNS * X_VECTOR;
@@ -175,7 +175,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   close_copies();
   copy_patches(planes, dy, place_of(split), first_filter, filters, images);
   float* const slot = slots + warp * SLOT_WORDS;
-  if (X_LEFT)  // padding that no copy touches
+  if (X_LEFT || X_TOP)  // padding that no copy touches
     for (int i = lane; i < SLOT_WORDS; i += 32) slot[i] = 0.0f;
   wait_for_batches<0>();
   __syncthreads();

@@ -33,7 +33,9 @@ class Frame:
     row_pitch, skew, image_pitch : int
         Words from one row to the next, more at each row of patches, and from one image to the next.
     left : int
-        Words of padding before each row (and so behind the one above), where columns are copied by 4; else 0.
+        Words of padding before each row, and so behind the one above, that no copy touches.
+    quads : bool
+        Whether columns are copied and loaded by 4.
     words : int
         Words of the slot.
     """
@@ -45,6 +47,7 @@ class Frame:
     skew: int
     image_pitch: int
     left: int
+    quads: bool
     words: int
 
 
@@ -143,7 +146,7 @@ class WindowSpec:
     def x_vector(self) -> int:
         """Pixels of x that are copied at once."""
         if self.frame:
-            return 4 if self.frame.left else 1
+            return 4 if self.frame.quads else 1
         return 4 if prod(self.in_size) % 4 == 0 else 1
 
     @property
@@ -159,15 +162,15 @@ class WindowSpec:
         return self.groups * (LANES + self.cells)
 
     @property
-    def program_words(self) -> int:
-        """Words of the programs of a piece, at most: a channel may be divided among warps."""
-        return self.kernels + 2 * (self.channels + self.warps) + 3 * self.warps
-
-    @property
     def shared_bytes(self) -> int:
         """Shared memory of a block."""
-        of_warp = self.slot_words + self.pending_words
-        return 4 * (self.filters * self.plane_words + self.warps * of_warp + self.program_words)
+        return self.shared_bytes_of(self.filters, self.channels, self.kernels)
+
+    def shared_bytes_of(self, filters: int, channels: int, kernels: int) -> int:
+        """Return the shared memory of a block if its piece had so many filters, channels and kernels at most."""
+        # A channel may be divided among warps; each warp has two words and an end.
+        program = kernels + 2 * (channels + self.warps) + 3 * self.warps
+        return 4 * (filters * self.plane_words + self.warps * (self.slot_words + self.pending_words) + program)
 
     @property
     def grid(self) -> Pair:
@@ -209,7 +212,7 @@ def _power_of_two(number: int, most: int = 1 << 30) -> int:
 
 
 def _numbers(spec: WindowSpec) -> dict[str, int]:
-    frame = spec.frame or Frame(1, prod(spec.in_size), 0, 0, 0, 0, 0, 0)
+    frame = spec.frame or Frame(1, prod(spec.in_size), 0, 0, 0, 0, 0, False, 0)
     dy = (1, prod(spec.tile)) if spec.whole else spec.tile
     return {
         "WARPS": spec.warps, "THREADS": spec.warps * LANES, "RESIDENT": spec.resident, "ENTRIES": spec.entries,
@@ -233,7 +236,7 @@ def _load_window(spec: WindowSpec) -> list[str]:
     """Return the function that loads a lane's window from its warp's slot."""
     if spec.frame is None:
         lines = _whole_images(spec)
-    elif spec.frame.left:
+    elif spec.frame.quads:
         lines = _quads(spec, spec.frame)
     else:
         lines = _words(spec, spec.frame)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
 from math import ceil, prod, sqrt
 
@@ -19,14 +20,13 @@ MOST_ENTRIES = 9
 PIXELS = 64
 """Of a patch, at most, all images."""
 CODE_BYTES = 40 << 10
-OTHER_REGISTERS = {True: 22, False: 30}
-"""Beside windows, patches and sums; by whether windows are whole images."""
+OTHER_REGISTERS = {"whole images": 22, "quads": 30, "words": 38}
+"""Beside windows, patches and sums, by what a lane loads of its window."""
 WARPS = {64: 32, 80: 24, 96: 20, 128: 16}
 """Warps of a multiprocessor by registers of a thread."""
 RESIDENT = (1, 2)
 FILTER_PARTS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32)
 CHANNEL_PARTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)
-FEWEST_CHANNELS = 8
 LIKELY_GRIDS = 6
 WORDS_PER_CYCLE = 6.0
 """From the second-level cache to a multiprocessor, where all ask (H100)."""
@@ -45,8 +45,8 @@ def candidates(layer: Layer, images: int, dtype: Dtype, limits: Limits) -> list[
     """Return the ways to cut up the gradient of the values that are worth a thought, the likely best first."""
     if dtype != "float32" or layer.entries > MOST_ENTRIES or not len(layer.kernels.filters) or not images:
         return []
-    found = [made for patch in _patches(layer, images, limits) for made in _fillings(patch, layer, images, limits)]
-    return sorted(dict.fromkeys(found), key=lambda made: estimate(made, layer, images, limits))
+    found = [filled for made in _patches(layer, images, limits) for filled in _fillings(made, layer, images, limits)]
+    return [made for _, made in sorted(found, key=lambda timed: timed[0])]
 
 
 def cut(layer: Layer, tile: Pair, per_patch: int, lanes: Triple, warps: int, resident: int) -> WindowSpec:
@@ -69,22 +69,27 @@ def _frame(made: WindowSpec) -> Frame:
     width, images = made.in_size[1], made.lanes[0] * made.images
     whole_rows = made.lanes[2] * made.tile[1] == made.out_size[1] and made.tile[1] % 4 == width % 4 == 0
     if whole_rows and made.stride[1] == 1 and -4 <= made.start[1] <= 0 and columns + made.start[1] <= width + 4:
-        pitches = np.array([(p, i) for p in (width + 4, width + 8) for i in range(rows * p, rows * p + BANKS, 4)])
+        left = 0 if made.start[1] == 0 and columns <= width else 4
+        pitches = np.array([
+            (pitch, image) for pitch in range(width + left, width + left + 8, 4)
+            for image in range(rows * pitch, rows * pitch + BANKS, 4)
+        ])  # fmt: skip
         found = collisions(made.lanes, pitches[:, 1], step[0] * pitches[:, 0], step[1], 4)
         row_pitch, image_pitch = (int(word) for word in pitches[np.lexsort((pitches[:, 1], found))[0]])
         # Rows above and below all images of a region are padding that need not be copied either.
         top, below = -made.start[0], rows + made.start[0] - made.in_size[0]
         whole_columns = made.lanes[1] * made.tile[0] == made.out_size[0] and top > 0 and below >= 0
         copied, top = (made.in_size[0], top) if whole_columns else (rows, 0)
-        return Frame(copied, width, top, row_pitch, 0, image_pitch, 4, images * image_pitch + 4)
+        return Frame(copied, width, top, row_pitch, 0, image_pitch, left, True, images * image_pitch + left)
     region = Region(made.lanes, made.images, made.window, step)
-    return Frame(rows, columns, 0, region.row_pitch, region.skew, region.image_pitch, 0, region.words)
+    return Frame(rows, columns, 0, region.row_pitch, region.skew, region.image_pitch, 0, False, region.words)
 
 
 def registers(made: WindowSpec) -> int:
     """Return about how many registers a thread needs."""
     patch = 4 * min(made.units, EARLY_UNITS)
-    return made.images * prod(made.window) + patch + 2 * made.entries + OTHER_REGISTERS[made.frame is None]
+    loaded = "whole images" if made.frame is None else "quads" if made.frame.quads else "words"
+    return made.images * prod(made.window) + patch + 2 * made.entries + OTHER_REGISTERS[loaded]
 
 
 def code_bytes(made: WindowSpec) -> int:
@@ -121,20 +126,24 @@ def _with_lanes(layer: Layer, tile: Pair, per_patch: int, images: int) -> Window
     return min((cut(layer, tile, per_patch, lanes, 1, 1) for lanes in grids[:LIKELY_GRIDS]), key=cost)
 
 
-def _fillings(made: WindowSpec, layer: Layer, images: int, limits: Limits) -> Iterator[WindowSpec]:
-    """Yield pieces of so many filters and channels as fit into shared memory."""
-    density = len(layer.kernels.filters) / (layer.filters * layer.channels)
-    room = limits.shared_of(made.resident)
-    for filter_parts, channel_parts in product(FILTER_PARTS, CHANNEL_PARTS):
-        filters, channels = ceil(layer.filters / filter_parts), ceil(layer.channels / channel_parts)
-        if (channel_parts > 1 and channels < FEWEST_CHANNELS) or (filter_parts > 1 and filters < 4):
-            continue
-        expected = density * filters * channels
-        # More are cut off into pieces of their own: a channel always fits.
-        kernels = min(filters * channels, max(filters, ceil(1.05 * expected + 3 * sqrt(expected))))
-        filled = replace(made, filters=filters, channels=channels, kernels=kernels)
-        if filled.shared_bytes <= room:
-            yield filled
+def _fillings(made: WindowSpec, layer: Layer, images: int, limits: Limits) -> Iterator[tuple[float, WindowSpec]]:
+    """Yield pieces that fit into shared memory, for each number of filters that with the best number of channels."""
+    cost, room = _Cost.of(made, layer, images), limits.shared_of(made.resident)
+    for filters in sorted({ceil(layer.filters / parts) for parts in FILTER_PARTS}):
+        timed = []
+        for channels in sorted({ceil(layer.channels / parts) for parts in CHANNEL_PARTS}):
+            kernels = _most_kernels(filters, channels, layer)
+            if made.shared_bytes_of(filters, channels, kernels) <= room:
+                timed.append((cost.cycles(filters, channels, made.warps, made.resident, limits), channels, kernels))
+        if timed:
+            cycles, channels, kernels = min(timed)
+            yield cycles, replace(made, filters=filters, channels=channels, kernels=kernels)
+
+
+def _most_kernels(filters: int, channels: int, layer: Layer) -> int:
+    """Return for how many kernels a piece has room: rarely too few, and what is too much goes into another piece."""
+    expected = len(layer.kernels.filters) / (layer.filters * layer.channels) * filters * channels
+    return min(filters * channels, max(filters, ceil(1.05 * expected + 3 * sqrt(expected))))
 
 
 def _kernel_cycles(made: WindowSpec) -> float:
@@ -163,7 +172,7 @@ def _window_cycles(made: WindowSpec) -> float:
     copies = ceil(words / made.x_vector / LANES)
     if made.frame is None:
         loads = 4.0 * made.images * ceil(prod(made.in_size) / 4)
-    elif made.frame.left:
+    elif made.frame.quads:
         first = made.frame.left + made.start[1]
         loads = 4.0 * made.images * made.window[0] * ((first + made.window[1] - 1) // 4 - first // 4 + 1)
     else:
@@ -173,23 +182,52 @@ def _window_cycles(made: WindowSpec) -> float:
 
 def estimate(made: WindowSpec, layer: Layer, images: int, limits: Limits) -> float:
     """Return about how many cycles it takes. Good for choosing, no more."""
-    regions = region_count(made, layer, images)
-    pieces = ceil(layer.filters / made.filters) * ceil(layer.channels / made.channels)
-    parts = splits(pieces, regions, made.resident, limits)
-    blocks = pieces * parts
-    resident = min(made.resident, ceil(blocks / limits.multiprocessors))
-    of_piece = len(layer.kernels.filters) / pieces
-    # The longest of the warps is waited for; few warps do not hide each other's latency.
-    runs = made.channels / made.warps
-    uneven = 1 + 0.3 / max(0.5, runs)
-    hidden = min(1.0, resident * made.warps / 24) ** 0.4
-    work = of_piece * _kernel_cycles(made) + made.channels * _window_cycles(made)
-    dy_words = made.filters * made.lanes[0] * made.images * prod(made.lanes[1:]) * prod(made.tile)
-    copies = dy_words / made.vector / LANES * (COPY_CYCLES[made.vector] + 2)
-    words = dy_words + made.channels * LANES * made.images * prod(made.window)
-    region = max(work * uneven / hidden, words / WORDS_PER_CYCLE) * resident + (copies + REGION_CYCLES)
-    waves = ceil(blocks / (limits.multiprocessors * resident))
-    return float(waves * (ceil(regions / parts) * region + BLOCK_CYCLES) + 12 * parts + 1500)
+    return _Cost.of(made, layer, images).cycles(made.filters, made.channels, made.warps, made.resident, limits)
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """What patches of one kind cost, in cycles of a multiprocessor, as window_gradient.cuh says.
+
+    Attributes
+    ----------
+    kernel, window : float
+        For a warp to work through a kernel, and to copy and load the window of a channel.
+    plane : float
+        To copy the patches of a filter.
+    words : (int, int)
+        That come of a channel and of a filter.
+    regions : int
+        How many there are.
+    """
+
+    layer: Layer
+    kernel: float
+    window: float
+    plane: float
+    words: Pair
+    regions: int
+
+    @classmethod
+    def of(cls, made: WindowSpec, layer: Layer, images: int) -> _Cost:
+        words = LANES * made.images * prod(made.window), prod(made.lanes) * made.images * prod(made.tile)
+        plane = words[1] / made.vector / LANES * (COPY_CYCLES[made.vector] + 2)
+        regions = region_count(made, layer, images)
+        return cls(layer, _kernel_cycles(made), _window_cycles(made), plane, words, regions)
+
+    def cycles(self, filters: int, channels: int, warps: int, resident: int, limits: Limits) -> float:
+        """Return about how many cycles it takes with pieces of so many filters and channels."""
+        pieces = ceil(self.layer.filters / filters) * ceil(self.layer.channels / channels)
+        parts = splits(pieces, self.regions, resident, limits)
+        resident = min(resident, ceil(pieces * parts / limits.multiprocessors))
+        # The longest of the warps is waited for; few warps do not hide each other's latency.
+        uneven = 1 + 0.3 / max(0.5, channels / warps)
+        hidden = min(1.0, resident * warps / 24) ** 0.4
+        work = (len(self.layer.kernels.filters) / pieces * self.kernel + channels * self.window) * uneven / hidden
+        arriving = (channels * self.words[0] + filters * self.words[1]) / WORDS_PER_CYCLE
+        region = max(work, arriving) * resident + filters * self.plane + REGION_CYCLES
+        waves = ceil(pieces * parts / (limits.multiprocessors * resident))
+        return float(waves * (ceil(self.regions / parts) * region + BLOCK_CYCLES) + 12 * parts + 1500)
 
 
 def region_count(made: WindowSpec, layer: Layer, images: int) -> int:
@@ -197,6 +235,7 @@ def region_count(made: WindowSpec, layer: Layer, images: int) -> int:
     return groups(made.lanes, tile_count(layer.out_size, made.tile), ceil(images / made.images))
 
 
+@cache
 def splits(pieces: int, regions: int, resident: int, limits: Limits) -> int:
     """Return into how many parts the regions are divided: the fewest for which no multiprocessor has less to do."""
     seats = limits.multiprocessors * resident

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clicktrain.kernels.cpu.layer import Layer
-from clicktrain.kernels.cuda import backend, gradient_tiling, tiling
+from clicktrain.kernels.cuda import backend, gradient_tiling, tiling, window_tiling
 from clicktrain.kernels.cuda.codegen import ConvolutionSpec, Dtype, GradientSpec
 from clicktrain.patterns import PatternPool, all_patterns, full_pool, official_pool
 from tests.kernels.cases import Case, expected, relative_error
@@ -70,6 +70,7 @@ class Configuration:
             patch.setattr(
                 tiling, "convolution_spec", lambda layer, images, dtype, limits: self.convolution(layer, dtype)
             )
+            patch.setattr(window_tiling, "spec", lambda *context: None)
             patch.setattr(gradient_tiling, "spec", lambda layer, images, dtype, limits: self.gradient(layer, dtype))
             backend.forget()
             yield

@@ -21,8 +21,8 @@ from clicktrain.kernels.cuda.tiling import Limits
 
 PLATFORM = codegen.DIRECTORY / "host" / "platform.cuh"
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-U_FORTIFY_SOURCE", "-Wno-psabi", "-Wno-unused-result")
-ORDERS = {"forward": 0, "reverse": 1, "random": 2}
-Order = Literal["forward", "reverse", "random"]
+ORDERS = {"forward": 0, "reverse": 1, "random": 2, "eager": 3}
+Order = Literal["forward", "reverse", "random", "eager"]
 FAILURES = {1: "a barrier that not all threads reach", 2: "an access out of bounds", 3: "a misaligned access"}
 
 SMALL = Limits(shared_bytes=16 << 10, multiprocessors=4, warps=2, lane_pixels=8)
@@ -42,7 +42,7 @@ class HostLauncher:
         For compiled units.
     limits : Limits
         What blocks get.
-    orders : sequence of {"forward", "reverse", "random"}
+    orders : sequence of {"forward", "reverse", "random", "eager"}
         Orders of the threads, taken in turn, launch by launch.
     """
 

@@ -1,7 +1,7 @@
 // The device of `../platform.cuh` on a CPU: the threads of a block are fibers.
 //
-// A fiber runs until a barrier or a shuffle; which one runs next is set by the launch (forward, reverse, random), so
-// that code which relies on an order fails. An asynchronous copy destroys its target at once and lands at the wait,
+// A fiber runs until a barrier or a shuffle; which one runs next is set by the launch (forward, reverse, random; eager: a
+// warp as far as it can before the next one), so that code which relies on an order fails. An asynchronous copy destroys its target at once and lands at the wait,
 // so that neither a missing wait nor a buffer overwritten too early goes unseen. Shared memory starts out as NaN.
 // Arrays of the caller and shared memory end or start at pages that cannot be touched: what lies outside traps.
 
@@ -43,7 +43,7 @@ namespace host {
 
 enum class Waits { no, at_barrier, in_warp, finished };
 enum class Result : int { ok = 0, divergent_barrier = 1, out_of_bounds = 2, misaligned = 3 };
-enum class Order : int { forward = 0, reverse = 1, random = 2 };
+enum class Order : int { forward = 0, reverse = 1, random = 2, eager = 3 };
 
 constexpr size_t kStack = 128 << 10;
 
@@ -106,6 +106,29 @@ class Guarded {
   unsigned char *base_, *data_;
 };
 
+inline void run_fiber(unsigned thread) {
+  current = threadIdx.x = thread;
+  swapcontext(&scheduler, &fibers[thread].context);
+}
+
+// Let the fibers of a warp go on if all of them wait for each other; returns whether they did.
+inline bool release_warp(unsigned warp) {
+  for (unsigned i = warp; i < warp + 32; ++i)
+    if (fibers[i].waits != Waits::in_warp) return false;
+  for (unsigned i = warp; i < warp + 32; ++i) fibers[i].waits = Waits::no;
+  return true;
+}
+
+// Run each warp as far as it can.
+inline void run_warps(unsigned threads) {
+  for (unsigned warp = 0; warp < threads; warp += 32) {
+    do {
+      for (unsigned i = warp; i < warp + 32; ++i)
+        if (fibers[i].waits == Waits::no) run_fiber(i);
+    } while (release_warp(warp));
+  }
+}
+
 // Run the waiting fibers of a block until all have finished.
 inline Result run_block(unsigned threads, Order order, uint32_t& random) {
   std::vector<unsigned> sequence(threads);
@@ -114,11 +137,11 @@ inline Result run_block(unsigned threads, Order order, uint32_t& random) {
     if (order == Order::random)
       for (unsigned i = threads - 1; i; --i) std::swap(sequence[i], sequence[(random = random * 1664525u + 1013904223u) / 65536 % (i + 1)]);
     bool ran = false;
+    if (order == Order::eager) run_warps(threads);
     for (unsigned thread : sequence) {
       if (fibers[thread].waits != Waits::no) continue;
       ran = true;
-      current = threadIdx.x = thread;
-      swapcontext(&scheduler, &fibers[thread].context);
+      run_fiber(thread);
     }
     if (ran) continue;
     unsigned at_barrier = 0, finished = 0, released = 0;
@@ -131,13 +154,7 @@ inline Result run_block(unsigned threads, Order order, uint32_t& random) {
       for (Fiber& fiber : fibers) fiber.waits = Waits::no;
       continue;
     }
-    for (unsigned warp = 0; warp < threads; warp += 32) {
-      bool together = true;
-      for (unsigned i = warp; i < warp + 32; ++i) together = together && fibers[i].waits == Waits::in_warp;
-      if (!together) continue;
-      for (unsigned i = warp; i < warp + 32; ++i) fibers[i].waits = Waits::no;
-      ++released;
-    }
+    for (unsigned warp = 0; warp < threads; warp += 32) released += release_warp(warp);
     if (!released) return Result::divergent_barrier;
   }
 }
