@@ -191,7 +191,7 @@ class Gradient:
                 self._splits, shape[0],
             ),
         )  # fmt: skip
-        add_up(launcher, self.text, partial, dvalues, self._splits)
+        add_up(launcher, self.text, partial, dvalues, count, self._splits)
         return dvalues
 
 

@@ -31,7 +31,7 @@ class WindowGradient:
     def run(self, x: Tensor, dy: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Return the gradient, of the given shape (kept_kernels, entries)."""
         layer, spec, words = self.layer, self.spec, self._kernels * self.spec.cells
-        partial = torch.empty(self._splits * words, dtype=torch.float32, device=x.device)
+        partial = torch.empty(self._splits * words + LANES, dtype=torch.float32, device=x.device)
         self.launcher.launch(
             self.text, "window_gradient", self._pieces * self._splits, spec.warps * LANES, spec.shared_bytes,
             (
@@ -40,19 +40,27 @@ class WindowGradient:
             ),
         )  # fmt: skip
         dvalues = torch.empty(shape, dtype=x.dtype, device=x.device)
-        add_up(self.launcher, self.text, partial, dvalues, self._splits, self._places, spec.cells)
+        add_up(self.launcher, self.text, partial, dvalues, words, self._splits, self._places, spec.cells)
         return dvalues
 
 
 def add_up(
-    launcher: Launcher, text: str, partial: Tensor, dvalues: Tensor, splits: int, places: Tensor | None = None,
-    pitch: int = 0,
+    launcher: Launcher, text: str, partial: Tensor, dvalues: Tensor, words: int, splits: int,
+    places: Tensor | None = None, pitch: int = 0,
 ) -> None:  # fmt: skip
-    """Launch the kernel of finish.cuh, which is part of the unit: each split's sums lie at `places`, `pitch` apart."""
+    """Launch the kernel of finish.cuh, which is part of the unit.
+
+    Parameters
+    ----------
+    words, splits : int
+        Of each split, and how many there are.
+    places, pitch : Tensor or None, int
+        Where the sums of a kernel lie in a split, times `pitch` words; None: one after another.
+    """
     count, entries = dvalues.numel(), dvalues.shape[1]
     launcher.launch(
         text, "finish", -(-count // LANES), FINISH_THREADS, 4 * FINISH_THREADS,
-        (partial, dvalues, places, count, entries, pitch, partial.numel() // splits, splits),
+        (partial, dvalues, places, count, entries, pitch, words, splits),
     )  # fmt: skip
 
 

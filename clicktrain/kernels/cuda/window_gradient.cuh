@@ -3,9 +3,10 @@
 // Where the limit is (see convolution.cuh for the rates). A lane holds the window of one channel for its patch and goes
 // through the filters that keep a kernel of this channel: a patch of 16 pixels of dy comes in 4 loads of 16 bytes, which
 // take 16 cycles of shared memory, for 64 FMA, which take 16 cycles of the multiprocessor. Sums over lanes add 3
-// shuffles, a store and a load, the program a load: about 22 cycles, so at most 73 % of the FP32 rate. (gradient.cuh
-// loads 25 words of x and 2 of dy for the same 64 FMA, one by one, and adds up lanes only at the end.) A window costs 50 to
-// 110 cycles, copy included, and serves a third or so of the filters of a block: a block has as many as fit.
+// shuffles, a store and a load, the program a load: about 22 cycles of shared memory. 40 other instructions make it 26
+// cycles of issue, so at most 60 % of the FP32 rate. (gradient.cuh loads 25 words of x and 2 of dy for the same 64 FMA,
+// one by one, and adds up lanes only at the end.) A window costs 80 to 150 cycles, copy included, and serves those filters
+// of a block that keep a kernel of its channel: a block has as many as fit.
 //
 // A block has the dy of FILTERS filters in shared memory, in the order of its lanes: unit g (4 pixels) of lane l is at
 // g * UNIT_PITCH + l, so that no bank serves two lanes. x never is as a whole: each warp copies the windows of its next
@@ -95,14 +96,18 @@ __device__ __forceinline__ void copy_windows(float* slot, const float* x, Place 
 // A warp's sums over lanes that are not complete yet: of up to GROUPS kernels, one word from each lane. `totals` are this
 // lane's, in global memory, to which only this warp of this block writes; `begun`: earlier regions are in them.
 struct Pending {
-  float *words, *totals;
+  float *words, *next, *totals;
   bool begun;
-  int held = 0;
-  float before = 0.0f;
+  int held;
+  float before;
+
+  __device__ __forceinline__ Pending(float* words, float* totals, bool begun)
+      : words(words), next(words + threadIdx.x % 32), totals(totals), begun(begun), held(0),
+        before(begun ? *totals : 0.0f) {}
 
   __device__ __forceinline__ void add(float value) {
-    if (begun && held == 0) before = *totals;  // long before it is needed
-    words[held * PENDING_PITCH + threadIdx.x % 32] = value;
+    *next = value;
+    next += PENDING_PITCH;
     if (++held == GROUPS) complete();
   }
 
@@ -116,6 +121,8 @@ struct Pending {
     for (int group = 1; group < GROUPS; ++group) total += mine[group * CELLS];
     *totals = total + before;
     totals += 32;
+    if (begun) before = *totals;  // long before it is needed; after the last ones there is something that is not used
+    next = words + lane;
     held = 0;
     sync_warp();
   }
@@ -188,7 +195,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     if (program[0] >= 0) copy_windows(slot, x, at, program[0], channels, images);
     wait_for_copies();
     __syncthreads();
-    const Pending pending{pendings + warp * GROUPS * PENDING_PITCH, totals, region != split};
+    const Pending pending(pendings + warp * GROUPS * PENDING_PITCH, totals, region != split);
     walk(program, planes, slot, pending, x, at, channels, images);
     __syncthreads();
   }

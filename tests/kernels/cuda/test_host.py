@@ -47,7 +47,8 @@ def test_a_block_as_large_as_on_a_gpu(units):
     case = Case(SQUARES, 40, 24, 4, (16, 16), (1, 1), (1, 1), 0.4, seed=1)
     with on_host(HostLauncher(units, limits)) as launcher:
         assert check(case) == 3
-    assert any("constexpr int THREADS = 512;" in text for text in launcher.texts)
+    threads = [int(re.search(r"THREADS = (\d+);", text)[1]) for text in launcher.texts]
+    assert min(threads) > 500
 
 
 def test_the_text_is_the_same_as_for_nvrtc():

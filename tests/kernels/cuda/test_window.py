@@ -189,7 +189,7 @@ MUTANTS = {
     "reads above the image": ("exists && top + row >= 0", "exists"),
     "padding is not cleared": ("if (X_LEFT || X_TOP)", "if (false)"),
     "earlier regions are forgotten": ("= total + before;", "= total;"),
-    "earlier regions are always there": ("if (begun && held == 0)", "if (held == 0)"),
+    "earlier regions are always there": ("region != split);\n    walk", "true);\n    walk"),
     "a warp's last kernels are not completed": ("if (pending.held) pending.complete();", ""),
     "another filter": ("planes + kernel / PATTERN_SPAN", "planes + kernel / PATTERN_SPAN * 0"),
     "filters beyond the last one": ("filters - first_filter < FILTERS ? filters - first_filter : FILTERS", "FILTERS"),
