@@ -99,6 +99,7 @@ class Admm:
 class AdmmStage(Method):
     """What methods with an ADMM phase after `epochs` of dense training do while it lasts; first of their bases."""
 
+    recordable = True
     epochs: int
     weights: Any  # by layer name: a property of the other base
     _admm: Admm | None

@@ -17,6 +17,7 @@ class Dense(Method):
     """
 
     name = "dense"
+    recordable = True
 
     def __init__(self, epochs: int) -> None:
         self.epochs = epochs

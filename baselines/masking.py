@@ -44,6 +44,8 @@ class Masked(Method):
         Number of the present step, at the length of the present phase's epochs.
     """
 
+    recordable = True
+
     def __init__(self, target_compression: float, epochs: int, distribution: str = "uniform") -> None:
         if epochs < 1:
             raise InvalidArgument(f"epochs={epochs}: expected at least 1")

@@ -61,6 +61,8 @@ class Shrinking(Method):
         Layers that are gone.
     """
 
+    recordable = True
+
     def __init__(self, epochs: int) -> None:
         if epochs < 1:
             raise InvalidArgument(f"epochs={epochs}: expected at least 1")

@@ -89,8 +89,7 @@ class SoftMasked(Masked):
     def adopt(self, masks: Mapping[str, Tensor]) -> None:
         """Compute with these masks from now on."""
         super().adopt(masks)
-        for name, mask in self._masks.items():
-            self._layers[name].mask = mask
+        self._masks = {name: self._layers[name].mask.copy_(mask) for name, mask in self._masks.items()}
         self._densities = {name: (share, share, 1.0) for name, (share, _, _) in self._densities.items()}
 
     def finish(self) -> nn.Module:

@@ -48,6 +48,7 @@ class TrainPruneFinetune(Method):
     """
 
     name = "train-prune-finetune"
+    recordable = True
 
     def __init__(
         self,

@@ -19,6 +19,7 @@ from clicktrain.layers import PatternConv2d
 from clicktrain.method import Method, Phase
 from clicktrain.patterns import PRUNED, Pattern, PatternPool, all_patterns, official_pool
 from clicktrain.preparation import prepare, tune
+from clicktrain.recording import record
 from clicktrain.schedule import LRSchedule, Stages
 from clicktrain.selection import Sparsity
 
@@ -42,6 +43,7 @@ __all__ = [
     "official_pool",
     "pattern_conv2d",
     "prepare",
+    "record",
     "to_dense",
     "tune",
 ]

@@ -97,6 +97,7 @@ class ClickTrain(Method):
     """
 
     name = "clicktrain"
+    recordable = True
 
     def __init__(
         self,

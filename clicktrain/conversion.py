@@ -22,7 +22,7 @@ def convert(
     """Replace the named dense convolutions of a model by pattern ones, in place.
 
     Afterwards no dense weight, gradient or momentum of these layers is alive, and between layers that compute on
-    the CPU, activations stay blocked (`clicktrain.blocked`).
+    the CPU, activations stay blocked (`clicktrain.blocked`). On a GPU, see `clicktrain.record`.
 
     Parameters
     ----------
@@ -59,7 +59,8 @@ def convert(
             replace_parameter(optimizer, conv.weight, layer.values, assignments[name].gather)
             if conv.bias is not None and layer.bias is not None:
                 replace_parameter(optimizer, conv.bias, layer.bias, lambda state: state)
-    blocked.install(model)
+    if all(layer.values.device.type == "cpu" for layer in layers.values()):
+        blocked.install(model)
     memory.release()  # the sparse steps to come need other sizes than the dense ones before
     return layers
 

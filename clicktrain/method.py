@@ -75,6 +75,10 @@ class Method:
     lr_at : callable or None
         Learning rate at an epoch position (epoch + batch / batches); a trainer that schedules the rate sets
         it, so that a method can look ahead. None means that the optimizer's present rate will stay.
+    recordable : bool
+        Whether what the network computes in training depends on nothing but its parameters and buffers, so that a
+        trainer may replay it as CUDA graphs (`clicktrain.record`) until these are other tensors. Not so where modules
+        read anything else that changes from step to step.
     batch_sizes, eval_batch_sizes : sequence of int
         Sizes of the batches to come, in training and in evaluation, as far as they are known: for `prepare_kernels`. A
         trainer sets them before `setup`.
@@ -83,6 +87,7 @@ class Method:
     name: str = "method"
     seed: int = 0
     lr_at: Callable[[float], float] | None = None
+    recordable: bool = False
     batch_sizes: Sequence[int] = ()
     eval_batch_sizes: Sequence[int] = ()
     model: nn.Module

@@ -36,8 +36,8 @@ def plans(
     Returns
     -------
     dict
-        Layer name -> plans, several where a layer runs on inputs of several shapes. Dense convolutions have plans
-        too, beside pattern convolutions: they compute on the same blocked activations.
+        Layer name -> plans, several where a layer runs on inputs of several shapes. On the CPU dense convolutions have
+        plans too: beside pattern convolutions they compute on the same blocked activations.
     """
     seen: dict[str, list[Shape]] = {}
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | PatternConv2d)}
@@ -61,7 +61,7 @@ def _plan(layer: nn.Module, assignment: Assignment | None, shape: Shape) -> Plan
         return kernels.plan(layer.get_assignment(), None, shape, layer.stride, layer.padding)
     assert isinstance(layer, nn.Conv2d)
     if assignment is None:
-        return dense_plan(layer, shape)
+        return dense_plan(layer, shape) if layer.weight.device.type == "cpu" else None
     return kernels.plan(assignment, None, shape, layer.stride, layer.padding)  # type: ignore[arg-type]
 
 
@@ -97,15 +97,15 @@ def prepare(
         To `wait` for; nothing is lost without.
     """
     wanted: dict[Plan, Sequence[str]] = {}
+    device = next(model.parameters()).device
     for shape in inference_shapes:
         for made in plans(model, shape, assignments).values():
             wanted |= dict.fromkeys(made, ("forward",))
     for shape in training_shapes:
         for number, made in enumerate(plans(model, shape, assignments).values()):
-            # The first layer sees images, which need no gradient.
-            wanted |= dict.fromkeys(made, FUNCTIONS if number else ("forward", "grad_values"))
-    device = str(next(model.parameters()).device)
-    return kernels.prepare(wanted, backend=backend, device=device, background=background)
+            # The first layer sees images, which need no gradient; on a GPU it has no plan if it is dense.
+            wanted |= dict.fromkeys(made, FUNCTIONS if number or device.type != "cpu" else ("forward", "grad_values"))
+    return kernels.prepare(wanted, backend=backend, device=str(device), background=background)
 
 
 def tune(model: nn.Module, input_shape: Sequence[int], *, backend: str = "auto") -> None:

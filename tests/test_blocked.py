@@ -468,7 +468,7 @@ class TestBlockedTensor:
 
 
 def test_without_the_extension_everything_stays_plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("clicktrain.blocked.tensor._extension_available", lambda: False)
+    monkeypatch.setattr("clicktrain.blocked.tensor.availability", lambda name: "no compiler")
     model = prune(models.create("vgg11", 10, width=0.125))
     twin = plain_copy(model)
     x = torch.randn(8, 3, 32, 32)

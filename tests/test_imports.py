@@ -26,7 +26,7 @@ LAYERS = (
     {"kernels", "timing"},  # timing calibrates itself with a compute kernel, autotuning needs timing
     {"assignment", "blocked", "budget", "importance"},
     {"layers", "pool", "regularizer"},
-    {"conversion", "deploy", "flops", "preparation"},
+    {"conversion", "deploy", "flops", "preparation", "recording"},
     {"official", "selection"},
     {"algorithm", "method"},
     {"config", "planning", "presets", "training"},

@@ -15,20 +15,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import clicktrain
-from bench.gpu.training import choose_kernels
 from bench.suite.networks import LEARNING_RATE, Setting
 from clicktrain import timing
 from clicktrain.timing import Contender
 
 TOLERANCE = 1e-3
 SPARSE, DENSE, TF32 = "sparse", "dense", "dense, TF32"
-RECORDED, COMPILED, CHANNELS_LAST = "recorded", "compiled", "channels_last"
+EAGER, RECORDED, COMPILED, CHANNELS_LAST = "eager", "recorded", "compiled", "channels_last"
 WAYS = {
     f"{SPARSE}, {RECORDED}": (SPARSE, RECORDED), f"{DENSE}, {RECORDED}": (DENSE, RECORDED),
     f"{DENSE}, {CHANNELS_LAST}, {RECORDED}": (DENSE, CHANNELS_LAST), f"{TF32}, {RECORDED}": (TF32, RECORDED),
+    f"{SPARSE}, {EAGER}": (SPARSE, EAGER), f"{DENSE}, {EAGER}": (DENSE, EAGER),
     f"{DENSE}, {COMPILED}": (DENSE, COMPILED), f"{SPARSE}, {COMPILED}": (SPARSE, COMPILED),
 }  # fmt: skip
-"""Contender -> network, and how its passes run: as CUDA graphs of torch's modules, or of what torch.compile makes."""
+"""Contender -> network, and how its passes run: kernel by kernel, or as CUDA graphs, of torch's modules (in NCHW or
+channels_last) or of what torch.compile makes of them."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,9 @@ def _step(setting: Setting, network: str, way: str, device: str) -> Callable[[],
 
     if way == COMPILED:
         forward = torch.compile(model, mode="reduce-overhead")
-    elif way and device == "cuda":
+    elif way in (RECORDED, CHANNELS_LAST) and device == "cuda":
         with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=network == TF32):
-            forward = torch.cuda.make_graphed_callables(model, (images.clone(),))
+            forward = clicktrain.record(model, images)
     for _ in range(3 if way else 0):  # what compiles or records does so now, with the weights as they are
         step(update=False)
     return step
@@ -130,7 +131,7 @@ def _network(setting: Setting, network: str, device: str) -> nn.Module:
     if network in (DENSE, TF32):
         model = clicktrain.to_dense(model)
     if network == SPARSE and device == "cuda":
-        choose_kernels(model, (setting.batch, 3, 32, 32))
+        clicktrain.tune(model, (setting.batch, 3, 32, 32))
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import clicktrain
-from clicktrain import data, models, preparation
-from clicktrain.kernels.cuda import backend
+from clicktrain import data, models
 
 BATCH = 128
 RATE, MOMENTUM, DECAY = 0.1, 0.9, 5e-4
@@ -106,59 +105,36 @@ def _train(
     recorded = Recorded(model, (BATCH, *dataset.image_shape)) if device == "cuda" else None
     for epoch in range(epochs):
         loaders[True].set_epoch(epoch)
-        if recorded:
-            recorded.remove()
         method.on_epoch(epoch, loaders[True])
-        if recorded:
-            recorded.put(method.stage)
+        forward = recorded.of_stage(method.stage) if recorded else model
         for group in optimizer.param_groups:
             group["lr"] = method.lr_at(epoch)
         for x, y in loaders[True]:
             _synchronize(device)
             start = time.perf_counter()
-            _step(method, model, optimizer, x, y)
+            _step(method, forward, optimizer, x, y)
             _synchronize(device)
             durations[method.stage].append((time.perf_counter() - start) * 1e3)
-    if recorded:
-        recorded.remove()
     accuracy = evaluate(method.finish(), loaders[False])
     medians = {stage: float(torch.tensor(times).median()) for stage, times in durations.items()}
     return Trained(method_name, seed, epochs, accuracy, medians, {s: sum(t) / 1e3 for s, t in durations.items()})
 
 
 class Recorded:
-    """A model's forward and backward passes as CUDA graphs, for every method alike.
-
-    A step of a network on small images is some hundred kernels of a few microseconds: without graphs a step takes as
-    long as the host needs to launch them, whatever the kernels do.
-    """
+    """A model's passes as CUDA graphs, recorded once for each stage, for every method alike."""
 
     def __init__(self, model: nn.Module, shape: tuple[int, ...]) -> None:
         self._model, self._shape = model, shape
         self._stage: str | None = None
-        self._forward: object = None
+        self._graphs: nn.Module = model
 
-    def put(self, stage: str) -> None:
-        """Let the model replay its graphs; record them, and choose kernels before, if a new stage begins."""
+    def of_stage(self, stage: str) -> nn.Module:
+        """Return what replays the graphs; they are recorded, and kernels chosen before, if a new stage begins."""
         if stage != self._stage:
-            choose_kernels(self._model, self._shape)
-            buffers = [(buffer, buffer.clone()) for buffer in self._model.buffers()]
-            # Recording runs the model on this input a few times, which its running statistics must not see.
-            torch.cuda.make_graphed_callables(self._model, (torch.zeros(self._shape, device="cuda"),))
-            for buffer, before in buffers:
-                buffer.copy_(before)
-            self._stage, self._forward = stage, self._model.forward
-        self._model.forward = self._forward  # type: ignore[assignment]
-
-    def remove(self) -> None:
-        """Let the model compute as written, for whatever is not a training step."""
-        vars(self._model).pop("forward", None)
-
-
-def choose_kernels(model: nn.Module, shape: tuple[int, ...]) -> None:
-    """Compile and choose for the pattern convolutions, before anything is timed."""
-    sparse = {name for name, layer in model.named_modules() if isinstance(layer, clicktrain.PatternConv2d)}
-    backend.tune(plan for name, made in preparation.plans(model, shape).items() if name in sparse for plan in made)
+            clicktrain.tune(self._model, self._shape)
+            self._graphs = clicktrain.record(self._model, torch.zeros(self._shape, device="cuda"))
+            self._stage = stage
+        return self._graphs
 
 
 @torch.no_grad()
@@ -171,11 +147,11 @@ def evaluate(model: nn.Module, loader: data.Loader) -> float:
 
 
 def _step(
-    method: clicktrain.ClickTrain, model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor
+    method: clicktrain.ClickTrain, forward: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor
 ) -> None:
     x, y = method.prepare_batch(x, y)
     method.before_forward()
-    loss = F.cross_entropy(model(x), y) + method.penalty()
+    loss = F.cross_entropy(forward(x), y) + method.penalty()
     loss.backward()  # type: ignore[no-untyped-call]
     method.after_backward()
     optimizer.step()

@@ -10,7 +10,17 @@ blocked, `model` for the borders.
 
 from clicktrain.blocked import operators as operators  # the import registers what stays blocked
 from clicktrain.blocked.convolution import pattern_convolution
-from clicktrain.blocked.model import install, remove
+from clicktrain.blocked.model import install, installed, remove
 from clicktrain.blocked.tensor import BlockedTensor, disabled, pack, plain, suits
 
-__all__ = ["BlockedTensor", "disabled", "install", "pack", "pattern_convolution", "plain", "remove", "suits"]
+__all__ = [
+    "BlockedTensor",
+    "disabled",
+    "install",
+    "installed",
+    "pack",
+    "pattern_convolution",
+    "plain",
+    "remove",
+    "suits",
+]

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from clicktrain.blocked.kernels import kernels, shares_nchw
 from clicktrain.blocked.operators import Affine, blocked, handles
 from clicktrain.blocked.tensor import BlockedTensor
-from clicktrain.kernels.cpu import backend as cpu
-from clicktrain.kernels.cpu.blocked_ops import channel_sums
 from clicktrain.kernels.plan import Plan, plan
 from clicktrain.patterns import PatternPool
 
@@ -28,7 +27,7 @@ class _PatternConvolution(torch.autograd.Function):
     def forward(ctx: Any, x: BlockedTensor, values: Tensor, made: Plan) -> Tensor:
         ctx.plan = made
         ctx.save_for_backward(x, values)
-        return BlockedTensor.wrap(cpu.forward_blocked(blocked(x), values, made), made.output_shape)
+        return BlockedTensor.wrap(kernels(x).forward_blocked(blocked(x), values, made), made.output_shape)
 
     @staticmethod
     @once_differentiable
@@ -36,9 +35,9 @@ class _PatternConvolution(torch.autograd.Function):
         x, values = ctx.saved_tensors
         gradient, dx, dvalues = blocked(dy), None, None
         if ctx.needs_input_grad[0]:
-            dx = BlockedTensor.wrap(cpu.grad_input_blocked(gradient, values, ctx.plan), ctx.plan.input_shape)
+            dx = BlockedTensor.wrap(kernels(x).grad_input_blocked(gradient, values, ctx.plan), ctx.plan.input_shape)
         if ctx.needs_input_grad[1]:
-            dvalues = cpu.grad_values_blocked(blocked(x), gradient, ctx.plan)
+            dvalues = kernels(x).grad_values_blocked(blocked(x), gradient, ctx.plan)
         return dx, dvalues, None
 
 
@@ -48,9 +47,10 @@ def pattern_convolution(x: BlockedTensor, values: Tensor, made: Plan) -> Tensor:
     return y
 
 
-# Dense layers (the first one, shortcuts) run on the pattern kernels too, with the pattern that keeps everything: even
-# so they are as fast as torch on NCHW, and what surrounds them is spared the unpacking and packing. Kinds that the
-# kernels do not know (groups, dilation, transposed, oblong) are unpacked for torch, and packed again.
+# Dense layers (the first one, shortcuts) run on the pattern kernels too on the CPU, with the pattern that keeps
+# everything: even so they are as fast as torch on NCHW, and what surrounds them is spared the unpacking and packing.
+# Kinds that the kernels do not know (groups, dilation, transposed, oblong) are unpacked for torch, and packed again; on
+# a GPU, where neither costs anything, all are torch's.
 
 
 @handles(aten.convolution.default)
@@ -60,12 +60,12 @@ def _dense_forward(
 ) -> Tensor | None:  # fmt: skip
     if not isinstance(x, BlockedTensor) or isinstance(weight, BlockedTensor) or weight.dtype != torch.float32:
         return None
-    if not _is_pattern_kind(weight, dilation, transposed, groups):
+    if shares_nchw(x.device) or not _is_pattern_kind(weight, dilation, transposed, groups):
         rest = (weight, bias, stride, padding, dilation, transposed, output_padding, groups)
         y = aten.convolution(_nchw(x), *rest)
-        return BlockedTensor.wrap(cpu.pack(y.contiguous()), tuple(y.shape))
+        return BlockedTensor.wrap(_own(y), tuple(y.shape))
     made = _dense_plan(tuple(weight.shape), tuple(x.shape), tuple(stride), tuple(padding))
-    y = cpu.forward_blocked(blocked(x), weight.reshape(made.values_shape), made)
+    y = kernels(x).forward_blocked(blocked(x), weight.reshape(made.values_shape), made)
     return BlockedTensor.wrap(
         y if bias is None else Affine(y, len(x), torch.ones_like(bias), bias.clone()), made.output_shape
     )
@@ -80,19 +80,19 @@ def _dense_backward(
     if not isinstance(x, BlockedTensor) or isinstance(weight, BlockedTensor) or weight.dtype != torch.float32:
         return None
     dx = dweight = dbias = None
-    if not _is_pattern_kind(weight, dilation, transposed, groups):
+    if shares_nchw(x.device) or not _is_pattern_kind(weight, dilation, transposed, groups):
         rest = (bias_sizes, stride, padding, dilation, transposed, output_padding, groups, output_mask)
         dx, dweight, dbias = aten.convolution_backward(_nchw(dy), _nchw(x), weight, *rest)
-        return None if dx is None else BlockedTensor.wrap(cpu.pack(dx.contiguous()), tuple(x.shape)), dweight, dbias
+        return None if dx is None else BlockedTensor.wrap(_own(dx), tuple(x.shape)), dweight, dbias
     made = _dense_plan(tuple(weight.shape), tuple(x.shape), tuple(stride), tuple(padding))
     gradient = blocked(dy)
     if output_mask[0]:
         values = weight.reshape(made.values_shape)
-        dx = BlockedTensor.wrap(cpu.grad_input_blocked(gradient, values, made), made.input_shape)
+        dx = BlockedTensor.wrap(kernels(x).grad_input_blocked(gradient, values, made), made.input_shape)
     if output_mask[1]:
-        dweight = cpu.grad_values_blocked(blocked(x), gradient, made).view(weight.shape)
+        dweight = kernels(x).grad_values_blocked(blocked(x), gradient, made).view(weight.shape)
     if output_mask[2]:
-        dbias = channel_sums(gradient, len(x))
+        dbias = kernels(x).channel_sums(gradient, len(x))
     return dx, dweight, dbias
 
 
@@ -121,8 +121,14 @@ def _dense_plan(
     return plan(torch.zeros(filters, channels, dtype=torch.uint8), everything, input_shape, stride, padding)  # type: ignore[arg-type]
 
 
+def _own(y: Tensor) -> Tensor:
+    """Return what torch has just computed as blocked memory."""
+    y = y.contiguous()
+    return y.unsqueeze(-1) if shares_nchw(y.device) else kernels(y).pack(y)
+
+
 def _nchw(x: Tensor) -> Tensor:
-    """Return the values as NCHW; a blocked activation stays blocked."""
+    """Return the values as NCHW, not to be written to; a blocked activation stays blocked."""
     if not isinstance(x, BlockedTensor):
         return x
-    return x.activation.plain() if x.activation.is_plain else cpu.unpack(blocked(x), len(x))
+    return x.activation.plain() if x.activation.is_plain else kernels(x).unpack(blocked(x), len(x))

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from clicktrain.blocked.kernels import name_of
 from clicktrain.blocked.tensor import BlockedTensor, pack, plain
 
 
 def install(model: nn.Module) -> None:
     """Keep activations blocked inside a model whose pattern convolutions hand them on so.
 
-    The model's parameters, state and pickles stay as they are, but for two hooks. Traced or compiled, on another device
-    or in another type, with a small batch, or without the CPU extension, it computes as before.
+    The model's parameters, state and pickles stay as they are, but for two hooks. Traced or compiled, in another type,
+    with a small batch on the CPU, or where the kernels are not available, it computes as before.
+    On a GPU, fusing operators costs the host more than launching them one by one: it pays for large images, and where
+    passes are recorded, as by `clicktrain.record`.
 
     Parameters
     ----------
@@ -37,11 +42,25 @@ def remove(model: nn.Module) -> None:
             del hooks[key]
 
 
+@contextmanager
+def installed(model: nn.Module) -> Iterator[None]:
+    """Keep activations blocked inside the block only, unless that was installed before."""
+    if _enter in model._forward_pre_hooks.values():
+        yield
+        return
+    install(model)
+    try:
+        yield
+    finally:
+        remove(model)
+
+
 def _keep_blocked(model: nn.Module, keep: bool) -> bool:
     """Tell the pattern convolutions; return whether any keeps activations blocked."""
     layers: list[Any] = [layer for layer in model.modules() if hasattr(layer, "keep_blocked")]
     for layer in layers:
-        layer.keep_blocked = keep and layer.backend in ("auto", "cpu") and layer.values.device.type == "cpu"
+        name = name_of(layer.values)
+        layer.keep_blocked = keep and name is not None and layer.backend in ("auto", name)
     return any(layer.keep_blocked for layer in layers)
 
 

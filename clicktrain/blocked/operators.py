@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clicktrain.blocked.kernels import kernels, shares_nchw
 from clicktrain.blocked.tensor import HANDLERS, Activation, BlockedTensor, Handler
-from clicktrain.kernels.cpu import backend, blocked_ops
-from clicktrain.kernels.cpu.codegen import LANES
+from clicktrain.kernels.cpu.blocked_ops import Window
 
 aten = torch.ops.aten
 
@@ -43,9 +43,14 @@ class Affine:
     residual: Tensor | None = None
     relu: bool = False
 
+    @property
+    def device(self) -> torch.device:
+        """Where its result will be."""
+        return self.x.device
+
     def compute(self) -> Tensor:
         """Compute it."""
-        return blocked_ops.affine(self.x, self.images, self.scale, self.shift, self.residual, self.relu)
+        return kernels(self.x).affine(self.x, self.images, self.scale, self.shift, self.residual, self.relu)
 
 
 @dataclass(frozen=True)
@@ -54,12 +59,19 @@ class PoolGradient:
 
     dy: Tensor
     places: Tensor
-    window: blocked_ops.Window
+    window: Window
+
+    @property
+    def device(self) -> torch.device:
+        """Where its result will be."""
+        return self.dy.device
 
     def compute(self) -> Tensor:
         """Compute it."""
         w = self.window
-        return blocked_ops.max_pool_backward(self.dy, self.places, (w.height, w.width), w.size, w.stride, w.padding)
+        return kernels(self.dy).max_pool_backward(
+            self.dy, self.places, (w.height, w.width), w.size, w.stride, w.padding
+        )
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,11 @@ class ReluGradient:
     y: Activation
     argument: Affine | None
 
+    @property
+    def device(self) -> torch.device:
+        """Where its result will be."""
+        return self.dy.device
+
     def compute(self) -> Tensor:
         """Compute it."""
         result: Tensor = aten.threshold_backward(self.dy.blocked(), self.y.blocked(), 0)
@@ -78,7 +95,7 @@ class ReluGradient:
 
 def activation(x: Tensor) -> Activation:
     """Return the memory of a BlockedTensor, or of a plain tensor, packed."""
-    return x.activation if isinstance(x, BlockedTensor) else Activation(len(x), backend.pack(x.contiguous()))
+    return x.activation if isinstance(x, BlockedTensor) else Activation(len(x), kernels(x).pack(x.contiguous()))
 
 
 def blocked(x: Tensor) -> Tensor:
@@ -176,7 +193,7 @@ def _sum(x: BlockedTensor, dim: Sequence[int] | None, keepdim: bool = False, *, 
     """Sum by channel: the gradient of a bias."""
     if dim is None or {d % 4 for d in dim} != {0, 2, 3} or dtype not in (None, torch.float32):
         return None
-    sums = blocked_ops.channel_sums(blocked(x), len(x))
+    sums = kernels(x).channel_sums(blocked(x), len(x))
     return sums[None, :, None, None] if keepdim else sums
 
 
@@ -192,6 +209,27 @@ def _mean(x: BlockedTensor, dim: Sequence[int] | None, keepdim: bool = False, *,
 # Batch normalisation ----------------------------------------------------------------------------------------------
 
 
+# On a GPU torch asks cuDNN for it, by another name, wherever that can do it.
+
+
+@handles(aten.cudnn_batch_norm.default)
+def _cudnn_batch_norm(
+    x: BlockedTensor, weight: Tensor, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
+    training: bool, momentum: float, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:  # fmt: skip
+    normalised = _batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps)
+    return None if normalised is None else (*normalised, weight.new_empty(0, dtype=torch.uint8))
+
+
+@handles(aten.cudnn_batch_norm_backward.default)
+def _cudnn_batch_norm_backward(
+    x: Tensor, dy: Tensor, weight: Tensor, running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor,
+    invstd: Tensor, eps: float, reserve: Tensor,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None:  # fmt: skip
+    rest = (weight, running_mean, running_var, mean, invstd, True, eps, (True, True, True))
+    return _batch_norm_backward(dy, x, *rest)  # type: ignore[no-any-return]
+
+
 @handles(aten.native_batch_norm.default)
 def _batch_norm(
     x: BlockedTensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
@@ -200,15 +238,15 @@ def _batch_norm(
     if not _all_float32(x, weight, bias, running_mean, running_var):
         return None
     if training:
-        mean, invstd = saved = blocked_ops.batch_statistics(
-            blocked(x), len(x), eps, momentum, running_mean, running_var
+        mean, invstd, scale, shift = kernels(x).normalisation(
+            blocked(x), len(x), weight, bias, eps, momentum, running_mean, running_var
         )
     else:
         mean, invstd = _running(running_mean, running_var, eps)
-        saved = (mean.new_empty(0), mean.new_empty(0))
-    scale = invstd if weight is None else weight * invstd
-    shift = -mean * scale if bias is None else bias - mean * scale
-    return BlockedTensor.wrap(Affine(blocked(x), len(x), scale, shift), tuple(x.shape)), *saved
+        scale = invstd if weight is None else weight * invstd
+        shift = -mean * scale if bias is None else bias - mean * scale
+        mean, invstd = mean.new_empty(0), mean.new_empty(0)  # nothing of them is saved
+    return BlockedTensor.wrap(Affine(blocked(x), len(x), scale, shift), tuple(x.shape)), mean, invstd
 
 
 @handles(aten.native_batch_norm_backward.default)
@@ -220,7 +258,7 @@ def _batch_norm_backward(
         return None
     if not training:
         mean, invstd = _running(running_mean, running_var, eps)
-    dx, dweight, dbias = blocked_ops.batch_norm_backward(
+    dx, dweight, dbias = kernels(x).batch_norm_backward(
         x=blocked(x), images=len(x), mean=mean, invstd=invstd, weight=weight, training=training,
         needs_input=output_mask[0], **_behind(activation(dy), blocked(x)),
     )  # fmt: skip
@@ -261,7 +299,7 @@ def _all_float32(*tensors: Tensor | None) -> bool:
 class Places(Activation):
     """Where the maxima of a pooling came from, as one byte each: the place in the window. Plain to all others."""
 
-    def __init__(self, images: int, places: Tensor, window: blocked_ops.Window) -> None:
+    def __init__(self, images: int, places: Tensor, window: Window) -> None:
         super().__init__(images, places)
         self.places, self.window = places, window
 
@@ -270,12 +308,13 @@ class Places(Activation):
         """True: there is no blocked form of indices."""
         return True
 
-    def plain(self) -> Tensor:
+    def copied(self) -> Tensor:
         """Return indices into each flattened input plane, int64 NCHW, as torch gives them."""
         w = self.window
         places = self.places.permute(0, 4, 1, 2, 3).flatten(0, 1)[: self.images].long()
-        rows = torch.arange(w.out_height)[:, None] * w.stride[0] - w.padding[0] + places // w.size[1]
-        return rows * w.width + torch.arange(w.out_width) * w.stride[1] - w.padding[1] + places % w.size[1]
+        rows, columns = (torch.arange(size, device=places.device) for size in (w.out_height, w.out_width))
+        rows = rows[:, None] * w.stride[0] - w.padding[0] + places // w.size[1]
+        return rows * w.width + columns * w.stride[1] - w.padding[1] + places % w.size[1]
 
 
 @handles(aten.max_pool2d_with_indices.default)
@@ -284,17 +323,17 @@ def _max_pool(
     dilation: Sequence[int] = (1,), ceil_mode: bool = False,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     geometry = (_pair(size), _pair(stride or size), _pair(padding))
-    if ceil_mode or set(dilation) != {1} or geometry[0][0] * geometry[0][1] > 256:
+    window = Window.over(x, *geometry)
+    if ceil_mode or set(dilation) != {1} or not kernels(x).pools(window):
         return None
     affine = _deferred_affine(x)
     if affine is None or affine.residual is not None:
-        memory = blocked(x)
-        y, places = blocked_ops.max_pool(memory, len(x), *geometry)
+        y, places = kernels(x).max_pool(blocked(x), len(x), *geometry)
     else:
-        memory = affine.x
-        y, places = blocked_ops.max_pool(memory, len(x), *geometry, (affine.scale, affine.shift), affine.relu)
+        function = (affine.scale, affine.shift), affine.relu
+        y, places = kernels(x).max_pool(affine.x, len(x), *geometry, *function)
     shape = (*x.shape[:2], *y.shape[2:4])
-    indices = Places(len(x), places, blocked_ops.Window.over(memory, *geometry))
+    indices = Places(len(x), places, window)
     return BlockedTensor.wrap(y, shape), BlockedTensor(indices, shape, torch.int64)
 
 
@@ -309,13 +348,16 @@ def _max_pool_backward(
     return BlockedTensor.wrap(PoolGradient(blocked(dy), places.places, places.window), tuple(x.shape))
 
 
-# Averages are those of 3-d pooling on the blocked memory, (height, width, lane) taken as its three axes.
+# Averages are those of 3-d pooling on the blocked memory, (height, width, lane) taken as its three axes. Where a block
+# is one image, torch's own are as good.
 
 
 @handles(aten.avg_pool2d.default)
 def _avg_pool(
     x: BlockedTensor, size: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0,), *rest: Any
-) -> Tensor:
+) -> Tensor | None:
+    if shares_nchw(x.device):
+        return None
     y = aten.avg_pool3d(blocked(x), (*_pair(size), 1), (*_pair(stride or size), 1), (*_pair(padding), 0), *rest)
     return BlockedTensor.wrap(y, (*x.shape[:2], *y.shape[2:4]))
 
@@ -324,21 +366,24 @@ def _avg_pool(
 def _avg_pool_backward(
     dy: Tensor, x: Tensor, size: Sequence[int], stride: Sequence[int], padding: Sequence[int], *rest: Any
 ) -> Tensor | None:
-    if not isinstance(x, BlockedTensor):
+    if not isinstance(x, BlockedTensor) or shares_nchw(x.device):
         return None
     geometry = (*_pair(size), 1), (*_pair(stride or size), 1), (*_pair(padding), 0)
     return BlockedTensor.wrap(aten.avg_pool3d_backward(blocked(dy), blocked(x), *geometry, *rest), tuple(x.shape))
 
 
 @handles(aten._adaptive_avg_pool2d.default)
-def _adaptive_avg_pool(x: BlockedTensor, size: Sequence[int]) -> Tensor:
-    y = aten._adaptive_avg_pool3d(blocked(x), (*_pair(size), LANES))
+def _adaptive_avg_pool(x: BlockedTensor, size: Sequence[int]) -> Tensor | None:
+    if shares_nchw(x.device):
+        return None
+    memory = blocked(x)
+    y = aten._adaptive_avg_pool3d(memory, (*_pair(size), memory.shape[4]))
     return BlockedTensor.wrap(y, (*x.shape[:2], *y.shape[2:4]))
 
 
 @handles(aten._adaptive_avg_pool2d_backward.default)
 def _adaptive_avg_pool_backward(dy: Tensor, x: Tensor) -> Tensor | None:
-    if not isinstance(x, BlockedTensor):
+    if not isinstance(x, BlockedTensor) or shares_nchw(x.device):
         return None
     return BlockedTensor.wrap(aten._adaptive_avg_pool3d_backward(blocked(dy), blocked(x)), tuple(x.shape))
 

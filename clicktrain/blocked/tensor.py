@@ -11,12 +11,18 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from clicktrain.kernels.cpu import backend
+from clicktrain.blocked.kernels import kernels, name_of, shares_nchw
+from clicktrain.kernels.backends import availability
 from clicktrain.kernels.cpu.runtime import fills_lanes
 
 
 class Deferred(Protocol):
     """A computation put off because a later one may join it."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its result will be."""
+        ...
 
     def compute(self) -> Tensor:
         """Return the blocked result."""
@@ -26,10 +32,10 @@ class Deferred(Protocol):
 class Activation:
     """Memory of a BlockedTensor and of its aliases, in one of three states.
 
-    Blocked: [ceil(N/8), C, H, W, 8] with zeros in the lanes beyond N, never written to after its creation (an
-    in-place operator puts a new tensor in its place). Deferred: a computation whose result nobody needed yet.
-    Plain: NCHW, once an operator had to have it so; this is final, for views of it may exist, and a write through
-    one must show.
+    Blocked: [ceil(N/B), C, H, W, B], B images a block (8 on the CPU, with zeros in the lanes beyond N; 1 on a GPU),
+    never written to after its creation (an in-place operator puts a new tensor in its place). Deferred: a
+    computation whose result nobody needed yet. Plain: NCHW, in memory of its own, once an operator had to have it
+    so; this is final, for views of it may exist, and a write through one must show.
 
     Parameters
     ----------
@@ -42,7 +48,7 @@ class Activation:
     """
 
     def __init__(self, images: int, content: Tensor | Deferred, relu_of: Deferred | None = None) -> None:
-        self.images = images
+        self.images, self.device = images, content.device
         self.relu_of = relu_of
         self._content: Tensor | Deferred | None = content
         self._plain: Tensor | None = None
@@ -60,7 +66,7 @@ class Activation:
     def blocked(self) -> Tensor:
         """Return the blocked tensor, not to be written to."""
         if self._plain is not None:
-            return backend.pack(self._plain)
+            return kernels(self._plain).pack(self._plain)
         if not isinstance(self._content, Tensor):
             assert self._content is not None
             self._content = self._content.compute()
@@ -69,9 +75,24 @@ class Activation:
     def plain(self) -> Tensor:
         """Return the NCHW tensor; it is the memory from now on."""
         if self._plain is None:
-            self._plain = backend.unpack(self.blocked(), self.images)
+            self._plain = self.copied()
             self._content = None
         return self._plain
+
+    def readable(self) -> Tensor:
+        """Return the NCHW tensor, not to be written to and not to be kept."""
+        if self.is_plain or not shares_nchw(self.device):
+            return self.plain()
+        memory = self.blocked()
+        return kernels(memory).unpack(memory, self.images)
+
+    def copied(self) -> Tensor:
+        """Return the values as an NCHW tensor in memory of its own."""
+        if self._plain is not None:
+            return self._plain.clone()
+        memory = self.blocked()
+        values = kernels(memory).unpack(memory, self.images)
+        return values.clone() if shares_nchw(memory.device) else values
 
     def replace(self, content: Tensor | Deferred, relu_of: Deferred | None = None) -> None:
         """Put another content in the place of a blocked or deferred one."""
@@ -85,7 +106,7 @@ HANDLERS: dict[Any, Handler] = {}
 
 
 class BlockedTensor(torch.Tensor):
-    """A float32 CPU tensor of shape (N, C, H, W) in blocked memory; see `Activation`.
+    """A float32 tensor of shape (N, C, H, W) in blocked memory; see `Activation`.
 
     Autograd sees an ordinary tensor; below autograd, `HANDLERS` compute on blocked memory, and any other operator
     gets plain tensors, and gives them.
@@ -108,7 +129,7 @@ class BlockedTensor(torch.Tensor):
         cls, activation: Activation, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
     ) -> BlockedTensor:
         """Wrap the memory; no values are copied."""
-        made: BlockedTensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)
+        made: BlockedTensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=activation.device)
         made.activation = activation
         return made
 
@@ -128,7 +149,7 @@ class BlockedTensor(torch.Tensor):
             result = handler(*args, **kwargs)
             if result is not None:
                 return result
-        args, kwargs = tree_map_only(BlockedTensor, _plain_memory, (args, kwargs))
+        args, kwargs = tree_map_only(BlockedTensor, _readable if _only_reads(func) else _plain_memory, (args, kwargs))
         return func(*args, **kwargs)
 
     def numpy(self, *, force: bool = False) -> Any:
@@ -153,10 +174,20 @@ def _plain_memory(tensor: BlockedTensor) -> Tensor:
     return tensor.activation.plain()
 
 
+def _readable(tensor: BlockedTensor) -> Tensor:
+    return tensor.activation.readable()
+
+
+@cache
+def _only_reads(operator: Any) -> bool:
+    """Tell whether an operator writes to none of its arguments and returns a view of none."""
+    return all(argument.alias_info is None for argument in operator._schema.arguments)
+
+
 class _Pack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return BlockedTensor.wrap(backend.pack(x.contiguous()), tuple(x.shape))
+        return BlockedTensor.wrap(kernels(x).pack(x.contiguous()), tuple(x.shape))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
@@ -166,13 +197,7 @@ class _Pack(torch.autograd.Function):
 class _Plain(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: BlockedTensor) -> Tensor:
-        # A copy where the memory already is plain: the result of an autograd function must not share it.
-        activation = x.activation
-        return (
-            activation.plain().clone()
-            if activation.is_plain
-            else backend.unpack(activation.blocked(), activation.images)
-        )
+        return x.activation.copied()  # the result of an autograd function must not share memory
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
@@ -189,7 +214,6 @@ def plain(x: Tensor) -> Tensor:
     return _Plain.apply(x) if isinstance(x, BlockedTensor) else x  # type: ignore[no-untyped-call]
 
 
-_extension_available = cache(lambda: backend.available() is True)
 _enabled = True
 
 
@@ -207,15 +231,16 @@ def disabled() -> Iterator[None]:
 def suits(x: Tensor) -> bool:
     """Tell whether a plain input should be packed.
 
-    It must be a float32 CPU tensor (N, C, H, W), computed on for real rather than traced, and its batch must fill
-    at least three quarters of the lanes: smaller ones run faster as strips of images, which the convolution's NCHW
-    entry makes.
+    It must be a float32 tensor (N, C, H, W) on a device with kernels, computed on for real rather than traced. On the
+    CPU its batch must fill at least three quarters of the lanes: smaller ones run faster as strips of images, which
+    the convolution's NCHW entry makes.
     """
     traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
     if traced or not _enabled or type(x) not in (Tensor, torch.nn.Parameter):
         return False
-    if x.ndim != 4 or x.dtype != torch.float32 or x.device.type != "cpu" or x.numel() == 0:
+    if x.ndim != 4 or x.dtype != torch.float32 or x.numel() == 0:
         return False
-    if not fills_lanes(len(x)) or not _extension_available():
+    name = name_of(x)
+    if name is None or (name == "cpu" and not fills_lanes(len(x))) or availability(name) is not True:
         return False
-    return not (torch.is_autocast_enabled("cpu") or torch._C._are_functorch_transforms_active())
+    return not (torch.is_autocast_enabled(x.device.type) or torch._C._are_functorch_transforms_active())

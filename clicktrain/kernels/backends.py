@@ -92,11 +92,12 @@ BACKENDS = {
 
 def available() -> dict[str, Literal[True] | str]:
     """Return for each backend True, or the reason why it cannot run on this machine."""
-    return {name: _availability(name) for name in BACKENDS}
+    return {name: availability(name) for name in BACKENDS}
 
 
 @cache
-def _availability(name: str) -> Literal[True] | str:
+def availability(name: str) -> Literal[True] | str:
+    """Return True, or why a backend cannot run on this machine; found out once."""
     return BACKENDS[name].available()
 
 
@@ -127,7 +128,7 @@ def select(name: str, x: Tensor) -> Kernels:
     if name == "auto":
         return _first_supported(x.device.type, x.dtype).kernels()
     backend = BACKENDS[check_name(name)]
-    if (reason := _availability(name)) is not True:
+    if (reason := availability(name)) is not True:
         raise BackendUnavailable(f"backend={name!r}: {reason}")
     if (reason := backend.supports(x)) is not True:
         raise InvalidArgument(reason)
@@ -139,7 +140,7 @@ def _first_supported(device_type: str, dtype: torch.dtype) -> Backend:
     """Choose for a device and a type, once; say once why a faster backend had to be passed over."""
     probe = torch.empty(0, dtype=dtype, device="meta" if device_type == "meta" else device_type)
     for backend in BACKENDS.values():
-        reason = _availability(backend.name)
+        reason = availability(backend.name)
         if reason is True:
             reason = backend.supports(probe)
         if reason is True:

@@ -11,13 +11,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clicktrain import distributed
 from clicktrain.method import Method
+from clicktrain.recording import Recorder
 from clicktrain.training.seeding import seed_torch
 
 
 class Replica:
     """Calls the network of a method.
 
-    In several processes that goes through `DistributedDataParallel`, which averages gradients as soon as there are
+    In one process and float32, the passes are replayed as CUDA graphs where the method allows that (`Recorder`).
+    In several processes a call goes through `DistributedDataParallel`, which averages gradients as soon as there are
     any, so that methods see averaged ones. It is built anew whenever the network has other parameters, as after the
     hard prune. BatchNorm normalises each process's share of a batch on its own and keeps the first one's statistics.
 
@@ -25,17 +27,24 @@ class Replica:
     ----------
     method : Method
         Of which `model` is called.
+    autocast : bool
+        Whether it is called under autocast.
     """
 
-    def __init__(self, method: Method) -> None:
+    def __init__(self, method: Method, autocast: bool = False) -> None:
         self._method = method
+        self._recorder = Recorder() if method.recordable and not autocast else None
         self._parallel: DistributedDataParallel | None = None
         self._parameters: list[nn.Parameter] = []
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the logits of this process's images."""
-        network: nn.Module = self._method.model if distributed.processes() == 1 else self._in_step()
-        logits: Tensor = network(x)
+        model = self._method.model
+        logits: Tensor
+        if distributed.processes() > 1:
+            logits = self._in_step()(x)
+        else:
+            logits = self._recorder(model, x) if self._recorder else model(x)
         return logits
 
     def _in_step(self) -> DistributedDataParallel:

@@ -31,7 +31,7 @@ class Stepper:
         self._session = session
         self._train = session.config.train
         self._meter = meter
-        self._network = Replica(session.method)
+        self._network = Replica(session.method, autocast=self._train.amp != "none")
         self.scaler = torch.amp.GradScaler(session.device.type, enabled=self._train.amp == "fp16")
 
     def step(self, x: Tensor, y: Tensor, epoch: int, batch: int, images: int) -> tuple[float, float]:

@@ -149,8 +149,8 @@ def test_steps_are_compared_in_every_way_and_what_fails_is_named(monkeypatch):
     assert [timed["name"] for timed in found["timings"]] == recorded
     assert {timed["name"] for timed in found["timings"] if timed["error"] is None} == {"dense, TF32, recorded"}
     assert all((timed["error"] or 0.0) <= steps.TOLERANCE and timed["n"] == 2 for timed in found["timings"])
-    assert found["best_sparse"] == "sparse, recorded"
-    assert found["best_dense"] in {"dense, recorded", "dense, channels_last, recorded"}
+    assert found["best_sparse"] in {"sparse, recorded", "sparse, eager"}
+    assert found["best_dense"] in {"dense, recorded", "dense, channels_last, recorded", "dense, eager"}
     assert found["left_out"].keys() == {"sparse, compiled", "dense, compiled"}
     assert "no compiler here" in found["left_out"]["dense, compiled"]
 

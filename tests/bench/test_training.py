@@ -12,7 +12,7 @@ import pytest
 
 from bench import training
 from bench.training import Losses, Setting
-from clicktrain.kernels.cpu import backend, library
+from clicktrain.kernels.cpu import backend, blocked_ops, library
 
 pytestmark = pytest.mark.skipif(library.available() is not True, reason=f"{library.available()}")
 
@@ -32,8 +32,8 @@ def test_the_first_losses_are_those_of_the_masked_reference(monkeypatch: pytest.
 
 
 def test_a_wrong_gradient_shows(monkeypatch: pytest.MonkeyPatch) -> None:
-    gradient = backend.grad_values_blocked
-    monkeypatch.setattr(backend, "grad_values_blocked", lambda *operands: gradient(*operands) * 1.01)
+    gradient = blocked_ops.grad_values_blocked
+    monkeypatch.setattr(blocked_ops, "grad_values_blocked", lambda *operands: gradient(*operands) * 1.01)
     compared = training.losses(Setting(0.125, 8), steps=2)
     assert min(compared.updates) > 1e-3
 

@@ -17,8 +17,15 @@ import torch
 from torch import Tensor
 
 from clicktrain.kernels.cpu import library
+from clicktrain.kernels.cpu.backend import forward_blocked, grad_input_blocked, grad_values_blocked, pack, unpack
 from clicktrain.kernels.cpu.codegen import LANES
 from clicktrain.kernels.cpu.memory import empty
+
+__all__ = [
+    "Window", "affine", "batch_norm_backward", "batch_statistics", "channel_sums", "forward_blocked",
+    "grad_input_blocked", "grad_values_blocked", "max_pool", "max_pool_backward", "normalisation", "pack", "pools",
+    "unpack",
+]  # fmt: skip
 
 Pair = tuple[int, int]
 
@@ -66,6 +73,17 @@ def batch_statistics(
         _pointer(running_mean), _pointer(running_var), _pointer(mean), _pointer(invstd), torch.get_num_threads(),
     )  # fmt: skip
     return mean, invstd
+
+
+def normalisation(
+    x: Tensor, images: int, weight: Tensor | None, bias: Tensor | None, eps: float, momentum: float,
+    running_mean: Tensor | None, running_var: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return what `batch_statistics` does, and the scale and shift, (C,) float32 each, that normalise the batch."""
+    mean, invstd = batch_statistics(x, images, eps, momentum, running_mean, running_var)
+    scale = invstd if weight is None else weight * invstd
+    shift = -mean * scale if bias is None else bias - mean * scale
+    return mean, invstd, scale, shift
 
 
 def affine(
@@ -129,6 +147,11 @@ def channel_sums(x: Tensor, images: int) -> Tensor:
     sums = x.new_empty(x.shape[1])
     _function("channel_sums")(*_shape(x, images), _pointer(x), _pointer(sums), torch.get_num_threads())
     return sums
+
+
+def pools(window: Window) -> bool:
+    """Tell whether `max_pool` can compute these windows: a place in one has to fit into a byte."""
+    return window.size[0] * window.size[1] <= 256
 
 
 def max_pool(

@@ -41,8 +41,8 @@ from clicktrain.kernels.plan import Plan
 from clicktrain.kernels.preparation import FUNCTIONS
 
 __all__ = [
-    "as_batch_last", "available", "choices", "forward", "forward_fused", "grad_input", "grad_values", "tune", "units",
-    "use_choices",
+    "as_batch_last", "available", "choices", "forward", "forward_fused", "grad_input", "grad_values", "preparations",
+    "tune", "units", "use_choices",
 ]  # fmt: skip
 
 DTYPES: dict[torch.dtype, Dtype] = {
@@ -262,6 +262,17 @@ def _runtime(plan: Plan, *images: Tensor) -> Runtime:
         _check_size(plan)
         known[key] = Runtime(plan, *key)
     return known[key]
+
+
+def preparations(plan: Plan, functions: Collection[str]) -> list[Callable[[], None]]:
+    """Return the work before the first use of some functions in float32: laying out, and compiling on all cores."""
+    if not plan.input_shape[0] or not plan.values_shape[0]:
+        return []
+    runtime = _runtimes.setdefault(plan, {}).setdefault(
+        ("float32", _device(), False), Runtime(plan, "float32", _device())
+    )
+    passes = {"forward": "forward", "grad_input": "grad_input", "grad_values": "gradient"}
+    return [lambda: compile_ahead(getattr(runtime, passes[function]).text for function in functions)]
 
 
 def forget() -> None:

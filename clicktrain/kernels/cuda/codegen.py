@@ -245,13 +245,18 @@ def render(spec: ConvolutionSpec | GradientSpec) -> str:
         parts = [_constants(_convolution_constants(spec), spec.dtype), *_sweep(spec), _source("convolution.cuh")]
     else:
         parts = [_constants(_gradient_constants(spec), spec.dtype), *_accumulate(spec)]
-        parts += [_source("gradient.cuh"), _source("finish.cuh")]
+        parts += [_source("warp.cuh"), _source("gradient.cuh"), _source("finish.cuh")]
     return "\n".join(parts)
 
 
 def unit(spec: ConvolutionSpec | GradientSpec) -> str:
     """Return what NVRTC compiles: the platform and `render(spec)`."""
     return _source("platform.cuh") + render(spec)
+
+
+def plain_unit(constants: dict[str, int], parts: Sequence[str]) -> str:
+    """Return a unit of float32 kernels that need no generated code: the platform, constants and .cuh files."""
+    return "\n".join([_source("platform.cuh") + _constants(constants, "float32"), *map(_source, parts)])
 
 
 @cache
@@ -262,7 +267,7 @@ def _source(name: str) -> str:
 @cache
 def sources() -> str:
     """Return a digest of everything that is written by hand."""
-    names = ("platform.cuh", "convolution.cuh", "gradient.cuh", "window_gradient.cuh", "finish.cuh")
+    names = ("platform.cuh", "convolution.cuh", "warp.cuh", "gradient.cuh", "window_gradient.cuh", "finish.cuh")
     return hashlib.sha256("".join(map(_source, names)).encode()).hexdigest()
 
 

@@ -82,11 +82,6 @@ __device__ __forceinline__ void copy_planes(A, float* tile, const Share<A>& shar
   }
 }
 
-__device__ __forceinline__ float sum_of_warp(float value) {
-  for (int distance = 16; distance; distance /= 2) value += shuffle_xor(value, distance);
-  return value;
-}
-
 // Words of a task: the place of its filter's patches (-1: no task); for each kernel its shape (-1: none), the place of its
 // window and its canonical number.
 constexpr int TASK_WORDS = 1 + 3 * TASK_KERNELS;

@@ -47,6 +47,10 @@ def compile_ahead(texts: Iterable[str]) -> None:
     _ahead.update(waiting)
 
 
+Argument = Tensor | int | float | None
+"""Of a kernel: a tensor is passed by address, None as null, a float as float32."""
+
+
 class Launcher(Protocol):
     """Runs kernels; `CupyLauncher` on a GPU, the tests have one that runs the same text on the CPU."""
 
@@ -55,9 +59,9 @@ class Launcher(Protocol):
         ...
 
     def launch(
-        self, text: str, kernel: str, blocks: int, threads: int, shared: int, arguments: Sequence[Tensor | int | None]
+        self, text: str, kernel: str, blocks: int, threads: int, shared: int, arguments: Sequence[Argument]
     ) -> None:
-        """Launch a kernel of a unit; tensors, the first argument is one, are passed by address, None as null."""
+        """Launch a kernel of a unit; the first argument is a tensor."""
         ...
 
 
@@ -69,7 +73,7 @@ class CupyLauncher:
         return _limits(device.index if device.index is not None else torch.cuda.current_device())
 
     def launch(
-        self, text: str, kernel: str, blocks: int, threads: int, shared: int, arguments: Sequence[Tensor | int | None]
+        self, text: str, kernel: str, blocks: int, threads: int, shared: int, arguments: Sequence[Argument]
     ) -> None:
         """Launch a kernel on the current stream of the device of the first tensor; does not wait for it.
 
@@ -83,8 +87,7 @@ class CupyLauncher:
         device = leading.device
         current = torch.cuda.current_device()
         index = device.index if device.index is not None else current
-        # Words of eight bytes: an address, or an integer in the lower four.
-        words = [a if type(a) is int else a.data_ptr() if isinstance(a, Tensor) else 0 for a in arguments]
+        words = [a if type(a) is int else _word(a) for a in arguments]
         count = len(words)
         memory = (ctypes.c_uint64 * (2 * count))()
         first = ctypes.addressof(memory)
@@ -119,6 +122,13 @@ def too_old(capability: tuple[int, int]) -> str | None:
     if capability >= OLDEST:
         return None
     return "the GPU has compute capability {}.{}: the kernels need {}.{} or newer".format(*capability, *OLDEST)
+
+
+def _word(argument: Argument) -> int:
+    """Return a word of eight bytes: an address, or four bytes in its lower half."""
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    return struct.unpack("i", struct.pack("f", argument))[0] if isinstance(argument, float) else argument or 0
 
 
 @cache

@@ -52,9 +52,9 @@ __device__ __forceinline__ unsigned char* shared_memory() {
 }
 
 // One aligned access for several values.
-template <int Count>
-__device__ __forceinline__ Packed<float, Count> load_packed(const float* from) {
-  return *reinterpret_cast<const Packed<float, Count>*>(from);
+template <int Count, typename Item>
+__device__ __forceinline__ Packed<Item, Count> load_packed(const Item* from) {
+  return *reinterpret_cast<const Packed<Item, Count>*>(from);
 }
 template <typename Item, int Count>
 __device__ __forceinline__ void store_packed(Item* to, const Packed<Item, Count>& values) {

@@ -51,21 +51,26 @@ __device__ __forceinline__ int patch_word(int image, int row, int column) {
   return (word / 4 * UNIT_PITCH + lane) * 4 + word % 4;
 }
 
-// Copy the patches of all filters of a piece; neighbouring threads take neighbouring pixels, then neighbouring planes.
+// Copy the patches of all filters of a piece; neighbouring threads take neighbouring pixels, then neighbouring planes, and
+// teams of them every so many planes. Distances between a thread's planes are constants: an address that changed from copy
+// to copy could do so only once the copy before has read it.
 __device__ __forceinline__ void copy_patches(float* planes, const float* dy, Place at, int first_filter, int filters,
                                              int images) {
   constexpr int ROWS = LANE_ROWS * DY_ROWS, COLUMNS = LANE_COLUMNS * DY_COLUMNS / DY_VECTOR, PARTS = ROWS * COLUMNS;
+  constexpr int ITEMS = REGION_IMAGES * PARTS * DY_WAYS, TEAMS = THREADS >= 2 * ITEMS ? THREADS / ITEMS : 1;
+  constexpr int STEP = DY_WAYS * TEAMS;
+  const int team = TEAMS > 1 ? int(threadIdx.x) / ITEMS : 0;
+  if (team >= TEAMS) return;
   const int count = filters - first_filter < FILTERS ? filters - first_filter : FILTERS;
-  for (int item = threadIdx.x; item < REGION_IMAGES * PARTS * DY_WAYS; item += THREADS) {
-    const int image = item / (PARTS * DY_WAYS), way = item / PARTS % DY_WAYS;
+  for (int item = TEAMS > 1 ? threadIdx.x % ITEMS : threadIdx.x; item < ITEMS; item += THREADS) {
+    const int image = item / (PARTS * DY_WAYS), first = item / PARTS % DY_WAYS + team * DY_WAYS;
     const int row = item % PARTS / COLUMNS, column = item % COLUMNS * DY_VECTOR;
     const bool exists = at.image + image < images;
     const int pixel = (at.row + row) * OUT_WIDTH + at.column + column;
-    const float* from = dy + (exists ? ((at.image + image) * filters + first_filter + way) * OUT_PIXELS + pixel : 0);
-    const int step = exists ? DY_WAYS * OUT_PIXELS : 0;
-    float* to = planes + way * PLANE_WORDS + patch_word<DY_ROWS, DY_COLUMNS, IMAGE_UNITS>(image, row, column);
-#pragma unroll 4
-    for (int k = way; k < count; k += DY_WAYS, from += step, to += DY_WAYS * PLANE_WORDS)
+    const float* from = dy + ((at.image + image) * filters + first_filter + first) * OUT_PIXELS + pixel;
+    float* to = planes + first * PLANE_WORDS + patch_word<DY_ROWS, DY_COLUMNS, IMAGE_UNITS>(image, row, column);
+#pragma unroll 8
+    for (int k = first; k < count; k += STEP, from += STEP * OUT_PIXELS, to += STEP * PLANE_WORDS)
       copy_vector<DY_VECTOR>(to, from, exists);
   }
 }
@@ -132,7 +137,8 @@ struct Pending {
 // and its pattern; then the next channel.
 __device__ __forceinline__ void walk(const int* words, const float* planes, float* slot, Pending pending, const float* x,
                                      Place at, int channels, int images) {
-  const int lane = threadIdx.x % 32, seat = SEATS == 32 || lane < SEATS ? lane : 0;
+  const int lane = thread_now() % 32;  // kept: to find it out anew for each kernel takes longer
+  const int seat = SEATS == 32 || lane < SEATS ? lane : 0;
   const int column = seat % LANE_COLUMNS, row = seat / LANE_COLUMNS % LANE_ROWS;
   const int image = seat / (LANE_ROWS * LANE_COLUMNS);
   const float* corner = slot + (BARE ? 4 * seat

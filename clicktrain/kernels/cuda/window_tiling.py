@@ -28,6 +28,8 @@ RESIDENT = (1, 2)
 FILTER_PARTS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32)
 CHANNEL_PARTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)
 LIKELY_GRIDS = 6
+HOPELESS = 1.6
+"""Times the cycles of the best patches: what takes longer is not thought through."""
 WORDS_PER_CYCLE = 6.0
 """From the second-level cache to a multiprocessor, where all ask (H100)."""
 COPY_CYCLES = {4: 8.0, 1: 4.5}
@@ -97,32 +99,33 @@ def code_bytes(made: WindowSpec) -> int:
 
 
 def _patches(layer: Layer, images: int, limits: Limits) -> Iterator[WindowSpec]:
-    """Yield the best grid of lanes for each tile, images of a patch, and number of warps."""
+    """Yield hopeful tiles and images of a patch, each with its best grid of lanes, and numbers of warps."""
     divisors = [[t for t in range(1, size + 1) if size % t == 0] for size in layer.out_size]
-    for tile in product(*divisors):
-        for per_patch in (1, 2, 4, 8):
-            if per_patch * prod(tile) > min(PIXELS, 2 * limits.lane_pixels) or per_patch > images:
-                continue
-            made = _with_lanes(layer, (tile[0], tile[1]), per_patch, images)
-            if code_bytes(made) > CODE_BYTES:
-                continue
-            fitting = (warps for most, warps in WARPS.items() if registers(made) <= most)
-            for warps, resident in product(fitting, RESIDENT):
-                yield replace(made, warps=min(warps // resident, limits.warps), resident=resident)
+    found = []
+    for tile, per_patch in product(product(*divisors), (1, 2, 4, 8)):
+        if per_patch * prod(tile) <= min(PIXELS, 2 * limits.lane_pixels) and per_patch <= images:
+            cycles, made = _with_lanes(layer, (tile[0], tile[1]), per_patch, images)
+            if code_bytes(made) <= CODE_BYTES and registers(made) <= max(WARPS):
+                found.append((cycles, made))
+    least = min((cycles for cycles, _ in found), default=0.0)
+    for cycles, made in found:
+        fitting = (warps for most, warps in WARPS.items() if registers(made) <= most and cycles <= HOPELESS * least)
+        for warps, resident in product(fitting, RESIDENT):
+            yield replace(made, warps=min(warps // resident, limits.warps), resident=resident)
 
 
-def _with_lanes(layer: Layer, tile: Pair, per_patch: int, images: int) -> WindowSpec:
-    """Return a specification with the grid of lanes that has the least to copy and the fewest idle lanes."""
+def _with_lanes(layer: Layer, tile: Pair, per_patch: int, images: int) -> tuple[float, WindowSpec]:
+    """Return the grid of lanes that has the least to copy and the fewest idle lanes, and its cycles for few kernels."""
     tiles, patches = tile_count(layer.out_size, tile), ceil(images / per_patch)
-
-    def cost(made: WindowSpec) -> float:
-        return groups(made.lanes, tiles, patches) * (4 * _kernel_cycles(made) + _window_cycles(made))
-
     grids = sorted(
         lane_grids(tiles, patches, exact=True),
         key=lambda lanes: (groups(lanes, tiles, patches), lanes[2] != tiles[1], -lanes[2]),
     )
-    return min((cut(layer, tile, per_patch, lanes, 1, 1) for lanes in grids[:LIKELY_GRIDS]), key=cost)
+    made = [cut(layer, tile, per_patch, lanes, 1, 1) for lanes in grids[:LIKELY_GRIDS]]
+    kernels = 4 * _kernel_cycles(made[0])  # of all grids alike
+    cycles = [groups(m.lanes, tiles, patches) * (kernels + _window_cycles(m)) for m in made]
+    best = min(cycles)
+    return best, made[cycles.index(best)]
 
 
 def _fillings(made: WindowSpec, layer: Layer, images: int, limits: Limits) -> Iterator[tuple[float, WindowSpec]]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from clicktrain.kernels.cuda import backend, codegen
+from clicktrain.kernels.cuda.launch import Argument
 from clicktrain.kernels.cuda.tiling import Limits
 
 PLATFORM = codegen.DIRECTORY / "host" / "platform.cuh"
@@ -53,15 +54,17 @@ class HostLauncher:
         self.launches = 0
         self.edit = str  # changes the text before it is compiled
         self.texts: set[str] = set()
+        self.kernels: set[str] = set()
 
     def limits(self, device: torch.device) -> Limits:
         return self.limits_
 
     def launch(
-        self, text: str, kernel: str, blocks: int, threads: int, shared: int, arguments: Sequence[Tensor | int | None]
+        self, text: str, kernel: str, blocks: int, threads: int, shared: int, arguments: Sequence[Argument]
     ) -> None:
         library = compiled(self.edit(host_unit(text)), self.directory)
         self.texts.add(text)
+        self.kernels.add(kernel)
         tensors, words, keep = [], [], []
         for position, value in enumerate(arguments):
             if isinstance(value, Tensor):
@@ -71,9 +74,10 @@ class HostLauncher:
                 data = library.guarded_data(ctypes.c_void_p(memory))
                 ctypes.memmove(data, value.data_ptr(), size)
                 tensors.append((memory, data, value, size))
-                word: ctypes.c_void_p | ctypes.c_int = ctypes.c_void_p(data)
+                word: ctypes.c_void_p | ctypes.c_int | ctypes.c_float = ctypes.c_void_p(data)
             else:
-                word = ctypes.c_void_p(None) if value is None else ctypes.c_int(value)
+                kind = ctypes.c_float if isinstance(value, float) else ctypes.c_int
+                word = ctypes.c_void_p(None) if value is None else kind(value)
             keep.append(word)
             words.append(ctypes.addressof(word))
         order = self.orders[self.launches % len(self.orders)]

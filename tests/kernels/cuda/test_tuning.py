@@ -149,3 +149,17 @@ def test_regions_are_divided_so_that_no_multiprocessor_works_much_longer(pieces,
         return -(-pieces * parts // 132) * (-(-regions // parts) + 2)
 
     assert rounds(parts) <= rounds(1)
+
+
+def test_what_is_prepared_is_what_will_run(monkeypatch, launcher):
+    case, compiled = Case(official_pool(4), 9, 10, 3, (6, 6), (1, 1), (1, 1), 0.5, 1), []
+    monkeypatch.setattr(backend, "compile_ahead", lambda texts: compiled.append(set(texts)))
+    with on_host(launcher):
+        made, x, values, dy = case.operands()
+        (call,) = backend.preparations(made, ("forward", "grad_values"))
+        call()
+        backend.forward(x, values, made)
+        backend.grad_values(x, dy, made)
+        assert compiled == [launcher.texts]
+        empty = Case(official_pool(4), 9, 10, 3, (6, 6), (1, 1), (1, 1), 0.0, 1).plan()
+        assert backend.preparations(empty, ("forward",)) == []

@@ -5,6 +5,7 @@
 // so that neither a missing wait nor a buffer overwritten too early goes unseen. Shared memory starts out as NaN.
 // Arrays of the caller and shared memory end or start at pages that cannot be touched: what lies outside traps.
 
+#include <cmath>
 #include <csetjmp>
 #include <csignal>
 #include <cstdint>
@@ -272,10 +273,10 @@ inline void from_float(float value, half16& narrow) {
   }
 }
 
-template <int Count>
-Packed<float, Count> load_packed(const float* from) {
-  host::check_aligned(from, sizeof(Packed<float, Count>));
-  Packed<float, Count> values;
+template <int Count, typename Item>
+Packed<Item, Count> load_packed(const Item* from) {
+  host::check_aligned(from, sizeof(Packed<Item, Count>));
+  Packed<Item, Count> values;
   memcpy(&values, from, sizeof values);
   return values;
 }
