@@ -265,14 +265,23 @@ def _runtime(plan: Plan, *images: Tensor) -> Runtime:
 
 
 def preparations(plan: Plan, functions: Collection[str]) -> list[Callable[[], None]]:
-    """Return the work before the first use of some functions in float32: laying out, and compiling on all cores."""
+    """Return the work before the first use of some functions in float32: compiling, on all cores.
+
+    It may be done beside anything: a GPU whose work is being recorded must not be asked for anything else.
+    """
     if not plan.input_shape[0] or not plan.values_shape[0]:
         return []
-    runtime = _runtimes.setdefault(plan, {}).setdefault(
-        ("float32", _device(), False), Runtime(plan, "float32", _device())
-    )
-    passes = {"forward": "forward", "grad_input": "grad_input", "grad_values": "gradient"}
-    return [lambda: compile_ahead(getattr(runtime, passes[function]).text for function in functions)]
+    images, limits = plan.input_shape[0], launcher.limits(_device())
+
+    def texts() -> Iterable[str]:
+        if "forward" in functions:
+            yield codegen.unit(tuning.convolution_spec(Layer.forward(plan), images, "float32", limits))
+        if "grad_input" in functions:
+            yield codegen.unit(tuning.convolution_spec(Layer.transposed(plan), images, "float32", limits))
+        if "grad_values" in functions:
+            yield _gradient_text(tuning.gradient_spec(Layer.forward(plan), images, "float32", limits))
+
+    return [lambda: compile_ahead(texts())]
 
 
 def forget() -> None:

@@ -27,7 +27,7 @@ from clicktrain.kernels.cuda.tiling import Limits
 from clicktrain.kernels.cuda.window_text import WindowSpec
 
 CANDIDATES = 6
-WINDOWS, MOST_ALIKE, OTHERS = 8, 3, 2
+WINDOWS, MOST_ALIKE, OTHERS = 8, 3, 4
 """Gradients of the values with windows in registers that are measured, of these with like patches, and others."""
 ROUNDS = 7
 FLUSH_BYTES = 128 << 20

@@ -28,8 +28,8 @@ RESIDENT = (1, 2)
 FILTER_PARTS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32)
 CHANNEL_PARTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)
 LIKELY_GRIDS = 6
-HOPELESS = 1.6
-"""Times the cycles of the best patches: what takes longer is not thought through."""
+HOPELESS = 2.5
+"""Times the cycles of the best patches that fit: what takes longer is not thought through."""
 WORDS_PER_CYCLE = 6.0
 """From the second-level cache to a multiprocessor, where all ask (H100)."""
 COPY_CYCLES = {4: 8.0, 1: 4.5}
@@ -47,7 +47,13 @@ def candidates(layer: Layer, images: int, dtype: Dtype, limits: Limits) -> list[
     """Return the ways to cut up the gradient of the values that are worth a thought, the likely best first."""
     if dtype != "float32" or layer.entries > MOST_ENTRIES or not len(layer.kernels.filters) or not images:
         return []
-    found = [filled for made in _patches(layer, images, limits) for filled in _fillings(made, layer, images, limits)]
+    found: list[tuple[float, WindowSpec]] = []
+    least = 0.0
+    for cycles, patches in _patches(layer, images, limits):
+        if least and cycles > HOPELESS * least:
+            break
+        found += [filled for made in patches for filled in _fillings(made, layer, images, limits)]
+        least = least or (cycles if found else 0.0)
     return [made for _, made in sorted(found, key=lambda timed: timed[0])]
 
 
@@ -98,20 +104,19 @@ def code_bytes(made: WindowSpec) -> int:
     return INSTRUCTION_BYTES * len(made.patterns) * (made.images * prod(made.tile) * made.entries + 10)
 
 
-def _patches(layer: Layer, images: int, limits: Limits) -> Iterator[WindowSpec]:
-    """Yield hopeful tiles and images of a patch, each with its best grid of lanes, and numbers of warps."""
+def _patches(layer: Layer, images: int, limits: Limits) -> list[tuple[float, list[WindowSpec]]]:
+    """Return tiles and images of a patch by what they cost, each with its best grid of lanes, in numbers of warps."""
     divisors = [[t for t in range(1, size + 1) if size % t == 0] for size in layer.out_size]
     found = []
     for tile, per_patch in product(product(*divisors), (1, 2, 4, 8)):
-        if per_patch * prod(tile) <= min(PIXELS, 2 * limits.lane_pixels) and per_patch <= images:
-            cycles, made = _with_lanes(layer, (tile[0], tile[1]), per_patch, images)
-            if code_bytes(made) <= CODE_BYTES and registers(made) <= max(WARPS):
-                found.append((cycles, made))
-    least = min((cycles for cycles, _ in found), default=0.0)
-    for cycles, made in found:
-        fitting = (warps for most, warps in WARPS.items() if registers(made) <= most and cycles <= HOPELESS * least)
-        for warps, resident in product(fitting, RESIDENT):
-            yield replace(made, warps=min(warps // resident, limits.warps), resident=resident)
+        if per_patch * prod(tile) > min(PIXELS, 2 * limits.lane_pixels) or per_patch > images:
+            continue
+        cycles, made = _with_lanes(layer, (tile[0], tile[1]), per_patch, images)
+        if code_bytes(made) <= CODE_BYTES:
+            fitting = [warps for most, warps in WARPS.items() if registers(made) <= most]
+            ways = product(fitting, RESIDENT)
+            found.append((cycles, [replace(made, warps=min(w // r, limits.warps), resident=r) for w, r in ways]))
+    return sorted(found, key=lambda patches: patches[0])
 
 
 def _with_lanes(layer: Layer, tile: Pair, per_patch: int, images: int) -> tuple[float, WindowSpec]:

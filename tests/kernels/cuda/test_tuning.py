@@ -158,6 +158,7 @@ def test_what_is_prepared_is_what_will_run(monkeypatch, launcher):
         made, x, values, dy = case.operands()
         (call,) = backend.preparations(made, ("forward", "grad_values"))
         call()
+        assert made not in backend._runtimes, "nothing is laid out on the device, whose work may be being recorded"
         backend.forward(x, values, made)
         backend.grad_values(x, dy, made)
         assert compiled == [launcher.texts]

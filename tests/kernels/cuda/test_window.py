@@ -316,3 +316,11 @@ def test_five_by_five_is_left_to_the_other_kernel():
     assert window_tiling.candidates(layer, 2, "float32", H100) == []
     assert isinstance(tuning.gradient_spec(layer, 2, "float32", H100), GradientSpec)
     assert gradient_tiling.candidates(layer, 2, "float32", H100)
+
+
+@pytest.mark.parametrize("size", [(7, 7), (14, 14), (56, 56)])
+def test_patches_that_do_not_fit_rule_out_none_that_do(size):
+    """Whole images of 7 x 7 pixels are the cheapest patches, and need too many registers."""
+    layer = Layer.forward(Case(official_pool(4), 512, 512, 64, size, (1, 1), (1, 1), 0.28, 1).plan())
+    found = window_tiling.candidates(layer, 64, "float32", Limits(227 << 10, 132))
+    assert len({spec.tile for spec in found}) > 1
