@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from reproductions import paths
 from reproductions.wording import MISSING, Table
 
+_REPORTS = {
+    "gpu.json": "",
+    "gpu_gradient.json": "Newer (`gpu_gradient.json`; its description says what was disturbed): ",
+}
 _RIVALS = ("cuDNN fp32", "cuDNN tf32", "cuDNN bf16", "cuBLAS im2col", "cuSPARSE im2col", "cuSPARSE product")
 _MEANS = (*_RIVALS, "best layer, cuDNN fp32", "worst layer, cuSPARSE im2col")
 _SHARES = ("share of the FP32 rate", "share of copy bandwidth")
@@ -19,13 +24,17 @@ _IMPORTANT = 8.0
 
 
 def stored() -> list[Table]:
-    """Return the tables of the stored report; none where there is none."""
-    path = paths.BENCHMARKS / "gpu.json"
+    """Return the tables of the stored reports."""
+    return [table for name, prefix in _REPORTS.items() for table in _tables(paths.BENCHMARKS / name, prefix)]
+
+
+def _tables(path: Path, prefix: str) -> list[Table]:
+    """Return the tables of a report; none where there is none."""
     if not path.exists():
         return []
     report = json.loads(path.read_text())
     made = (_kernels(report), _networks(report), _steps(report), _training(report), _deployment(report))
-    return [table for table in made if table[2]]
+    return [(prefix + title, head, rows) for title, head, rows in made if rows]
 
 
 def _kernels(report: Any) -> Table:

@@ -187,6 +187,10 @@ def test_the_gpu_report_becomes_tables(tmp_path: Path, monkeypatch: pytest.Monke
     assert deployed[2] == [("1", "0.500", "2", "3.00x", "1e-06")]
     (tmp_path / "gpu.json").write_text(json.dumps(report | {"training": [], "deployment": [], "steps": {}}))
     assert len(gpu_tables.stored()) == 2
+    (tmp_path / "gpu_gradient.json").write_text(json.dumps(report | {"rows": [], "summary": {}, "deployment": []}))
+    *_, steps, training = gpu_tables.stored()
+    assert steps[0].startswith("Newer (`gpu_gradient.json`")
+    assert len(gpu_tables.stored()) == 4
 
 
 def test_a_study_that_may_not_decide_stands_back(monkeypatch: pytest.MonkeyPatch) -> None:
