@@ -38,14 +38,15 @@ class PatternConv2d(nn.Module):
         Pattern of each kernel, 255 = removed.
     pool_masks : Tensor, (P, k, k) bool
         The patterns.
-    keep_blocked : bool
-        Whether it computes on, and returns, blocked memory where that is possible; see `clicktrain.blocked.install`.
+    blocked_on : str or None
+        Type of the device on which it computes on, and returns, blocked memory where that is possible; see
+        `clicktrain.blocked.install`.
     """
 
     values: nn.Parameter
     assignment: Tensor
     pool_masks: Tensor
-    keep_blocked: bool = False
+    blocked_on: str | None = None
 
     def __init__(
         self,
@@ -132,12 +133,12 @@ class PatternConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve x (N, C_in, H, W); returns (N, C_out, H_out, W_out)."""
-        y = self._convolve(blocked.pack(x) if self.keep_blocked else x)
+        y = self._convolve(blocked.pack(x) if x.device.type == self.blocked_on else x)
         return y if self.bias is None else y + self.bias[:, None, None]
 
     def _convolve(self, x: Tensor) -> Tensor:
         sparsity = self.assignment, self.pool_masks
-        if self.keep_blocked and isinstance(x, blocked.BlockedTensor):
+        if x.device.type == self.blocked_on and isinstance(x, blocked.BlockedTensor):
             made = plan_of(*sparsity, x.shape, self.stride, self.padding)
             return blocked.pattern_convolution(x, self.values, made)
         y: Tensor = torch.ops.clicktrain.pattern_conv2d(

@@ -290,7 +290,7 @@ class TestBorders:
                 layer.backend = backend
         blocked.install(model)
         assert len(model._forward_hooks) == len(model._forward_pre_hooks) == 0
-        assert not any(getattr(layer, "keep_blocked", False) for layer in model.modules())
+        assert not any(getattr(layer, "blocked_on", None) for layer in model.modules())
 
     def test_installing_twice_changes_nothing_and_to_dense_removes(self, model: nn.Module) -> None:
         blocked.install(model)

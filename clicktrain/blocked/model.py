@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,10 +28,11 @@ def install(model: nn.Module) -> None:
     model : nn.Module
         Called with a batch (N, C, H, W) as the first argument. Installing twice changes nothing.
     """
-    if not _keep_blocked(model, True):
+    device = _keep_blocked(model, True)
+    if device is None:
         remove(model)
-    elif _enter not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(_enter)
+    elif not _is_installed(model):
+        model.register_forward_pre_hook(partial(_enter, device=device))
         model.register_forward_hook(_leave)
 
 
@@ -38,14 +40,14 @@ def remove(model: nn.Module) -> None:
     """Undo `install`."""
     _keep_blocked(model, False)
     for hooks, ours in ((model._forward_pre_hooks, _enter), (model._forward_hooks, _leave)):
-        for key in [key for key, hook in hooks.items() if hook is ours]:
+        for key in [key for key, hook in hooks.items() if _function(hook) is ours]:
             del hooks[key]
 
 
 @contextmanager
 def installed(model: nn.Module) -> Iterator[None]:
     """Keep activations blocked inside the block only, unless that was installed before."""
-    if _enter in model._forward_pre_hooks.values():
+    if _is_installed(model):
         yield
         return
     install(model)
@@ -55,17 +57,28 @@ def installed(model: nn.Module) -> Iterator[None]:
         remove(model)
 
 
-def _keep_blocked(model: nn.Module, keep: bool) -> bool:
-    """Tell the pattern convolutions; return whether any keeps activations blocked."""
-    layers: list[Any] = [layer for layer in model.modules() if hasattr(layer, "keep_blocked")]
+def _keep_blocked(model: nn.Module, keep: bool) -> str | None:
+    """Tell the pattern convolutions; return the type of the device on which any keeps activations blocked."""
+    layers: list[Any] = [layer for layer in model.modules() if hasattr(layer, "blocked_on")]
     for layer in layers:
         name = name_of(layer.values)
-        layer.keep_blocked = keep and name is not None and layer.backend in ("auto", name)
-    return any(layer.keep_blocked for layer in layers)
+        keeps = keep and name is not None and layer.backend in ("auto", name)
+        layer.blocked_on = layer.values.device.type if keeps else None
+    return next((layer.blocked_on for layer in layers if layer.blocked_on is not None), None)
 
 
-def _enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (pack(args[0]), *args[1:]) if args and isinstance(args[0], Tensor) else args
+def _is_installed(model: nn.Module) -> bool:
+    return any(_function(hook) is _enter for hook in model._forward_pre_hooks.values())
+
+
+def _function(hook: Callable[..., Any]) -> Callable[..., Any]:
+    return hook.func if isinstance(hook, partial) else hook
+
+
+def _enter(module: nn.Module, args: tuple[Any, ...], device: str = "cpu") -> tuple[Any, ...]:
+    if not args or not isinstance(args[0], Tensor) or args[0].device.type != device:
+        return args
+    return (pack(args[0]), *args[1:])
 
 
 def _leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
