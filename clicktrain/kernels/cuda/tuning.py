@@ -144,9 +144,17 @@ def forget() -> None:
         memory.clear()
 
 
+def typical(images: int) -> int:
+    """Return the size of batches as which a batch is cut up: the largest power of two that it has.
+
+    So the last batch of an epoch and those of an evaluation need little code of their own.
+    """
+    return 1 << images.bit_length() - 1 if images else 0
+
+
 def convolution_spec(layer: Layer, images: int, dtype: Dtype, limits: Limits) -> ConvolutionSpec:
     """Return how to cut up a convolution pass: as tuned, imported or chosen before, else as estimated."""
-    context = layer, images, dtype, limits
+    context = layer, typical(images), dtype, limits
     return chosen(
         fingerprint(*context, ConvolutionSpec), lambda: tiling.convolution_spec(*context),
         lambda: tiling.candidates(*context), choice_of,
@@ -162,12 +170,13 @@ def gradient_spec(layer: Layer, images: int, dtype: Dtype, limits: Limits) -> An
     def everything() -> list[AnyGradientSpec]:
         return [*window_tiling.candidates(*context), *gradient_tiling.candidates(*context)]
 
-    context = layer, images, dtype, limits
+    context = layer, typical(images), dtype, limits
     return chosen(fingerprint(*context, GradientSpec), estimated, everything, choice_of)
 
 
 def likely(layer: Layer, images: int, dtype: Dtype, limits: Limits) -> list[ConvolutionSpec]:
     """Return the convolution passes that are worth measuring, the estimate first, no two of them alike."""
+    images = typical(images)
     key = fingerprint(layer, images, dtype, limits, ConvolutionSpec)
     if key not in _likely:
         ordered = sorted(
@@ -181,6 +190,7 @@ def likely(layer: Layer, images: int, dtype: Dtype, limits: Limits) -> list[Conv
 
 def likely_gradients(layer: Layer, images: int, dtype: Dtype, limits: Limits) -> list[AnyGradientSpec]:
     """Return the same for the gradient of the values: of both kinds, where windows in registers are possible."""
+    images = typical(images)
     key = fingerprint(layer, images, dtype, limits, GradientSpec)
     if key not in _likely:
         windows = _different_windows(window_tiling.candidates(layer, images, dtype, limits))
@@ -303,7 +313,7 @@ def fingerprint(layer: Layer, images: int, dtype: Dtype, limits: Limits, kind: t
     """Return a name for all passes that are cut up alike."""
     facts = (
         layer.filters, layer.channels, len(layer.kernels.filters), layer.patterns, layer.kernel_size, layer.in_size,
-        layer.out_size, layer.stride, layer.spread, layer.padding, images, dtype, limits, kind.__name__,
+        layer.out_size, layer.stride, layer.spread, layer.padding, typical(images), dtype, limits, kind.__name__,
         codegen.sources(),
     )  # fmt: skip
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]

@@ -164,3 +164,12 @@ def test_what_is_prepared_is_what_will_run(monkeypatch, launcher):
         assert compiled == [launcher.texts]
         empty = Case(official_pool(4), 9, 10, 3, (6, 6), (1, 1), (1, 1), 0.0, 1).plan()
         assert backend.preparations(empty, ("forward",)) == []
+
+
+def test_batches_of_about_a_size_are_cut_up_alike():
+    assert [tuning.typical(images) for images in (0, 1, 2, 3, 112, 128, 250)] == [0, 1, 2, 2, 64, 128, 128]
+    layer, _, *rest = CONTEXT
+    assert tuning.convolution_spec(layer, 250, *rest) is tuning.convolution_spec(*CONTEXT)
+    assert tuning.gradient_spec(layer, 250, *rest) is tuning.gradient_spec(*CONTEXT)
+    assert len(backend.choices()) == 2
+    assert tuning.convolution_spec(layer, 3, *rest) != tuning.convolution_spec(*CONTEXT)
