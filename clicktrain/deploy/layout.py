@@ -99,9 +99,9 @@ def layer_on(layer: Layer, forms: Windowed) -> Layer:
     return replace(layer, out_size=forms.target.size, in_size=read, padding=(0, 0))
 
 
-def prepare_on(layer: Layer, forms: Windowed, images: int, choice: Choice) -> Prepared:
-    """Lay out a convolution pass on these forms; `layer` is the whole one."""
-    made = prepare(layer_on(layer, forms), forms.target.blocks(images), choice, short_chains=True)
+def prepare_on(layer: Layer, forms: Windowed, images: int, choice: Choice, packed: bool = False) -> Prepared:
+    """Lay out a convolution pass on these forms; `layer` is the whole one. Packed: its weights are gathered before."""
+    made = prepare(layer_on(layer, forms), forms.target.blocks(images), choice, short_chains=True, packed=packed)
     if forms.target.grid != IMAGES and not _stays_inside(layer, forms):
         structure = made.structure
         structure.grid_h, structure.grid_w = forms.source.grid

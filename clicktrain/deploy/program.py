@@ -259,9 +259,9 @@ class _Builder:
         layer, forms = self._layer(node), self._windowed(node)
         on_forms, blocks = layout.layer_on(layer, forms), forms.target.blocks(self.images)
         pooled = self._is_halved(number)
-        choice = (tune_pass if self.tune else choice_for)(on_forms, blocks, pooled)
+        choice = (partial(tune_pass, packed=True) if self.tune else choice_for)(on_forms, blocks, pooled)
         self.choices[fingerprint(on_forms, blocks, pooled)] = choice
-        return layout.prepare_on(layer, forms, self.images, choice)
+        return layout.prepare_on(layer, forms, self.images, choice, packed=True)
 
     def _is_halved(self, number: int) -> bool:
         """Tell whether all that reads a result is a 2 x 2 maximum."""

@@ -115,14 +115,15 @@ def test_what_is_measured_pools_on_the_way(monkeypatch: pytest.MonkeyPatch) -> N
     fastest = tuning._fastest
     asked: list[bool] = []
 
-    def filters_win(layer: Layer, blocks: int, pooled: bool) -> Choice:
+    def filters_win(layer: Layer, blocks: int, pooled: bool, packed: bool) -> Choice:
         """Let a sweep that cannot pool on the way be the fastest."""
         asked.append(pooled)
+        assert packed, "compiled networks read no canonical values"
         found = sorted(tuning.candidates(layer, blocks, pooled), key=lambda choice: choice.sweep != "filters")
         with monkeypatch.context() as patch:
             patch.setattr(tuning, "candidates", lambda *_: found)
             patch.setattr("time.perf_counter", lambda: 0.0)  # the first one wins
-            return fastest(layer, blocks, pooled)
+            return fastest(layer, blocks, pooled, packed)
 
     monkeypatch.setattr(tuning, "_fastest", filters_win)
     monkeypatch.setattr(tuning, "_read", lambda _: None)

@@ -16,7 +16,7 @@ from clicktrain.errors import InvalidArgument
 from clicktrain.kernels import Plan, plan
 from clicktrain.kernels.cpu import backend, gradients, library, passes, runtime, tuning
 from clicktrain.kernels.cpu.layer import Layer
-from clicktrain.patterns import PRUNED, full_pool, official_pool
+from clicktrain.patterns import PRUNED, PatternPool, all_patterns, full_pool, official_pool
 from tests.kernels.cases import Case, expected, relative_error
 
 pytestmark = pytest.mark.skipif(backend.available() is not True, reason=str(backend.available()))
@@ -86,8 +86,11 @@ def test_outputs_that_bypass_the_caches_are_the_same(stride: tuple[int, int], mo
 
 
 def convolve(layer: Layer, blocks: int, choice: passes.Choice, xb: Tensor, values: Tensor) -> Tensor:
-    y = torch.full((blocks, layer.filters, *layer.out_size, 8), torch.nan)
-    prepared = passes.prepare(layer, blocks, choice)
+    return run_pass(passes.prepare(layer, blocks, choice), layer, xb, values)
+
+
+def run_pass(prepared: passes.Prepared, layer: Layer, xb: Tensor, values: Tensor) -> Tensor:
+    y = torch.full((len(xb), layer.filters, *layer.out_size, 8), torch.nan)
     library.function("convolve")(prepared.address, xb.data_ptr(), values.data_ptr(), y.data_ptr(), 2)
     return y
 
@@ -138,6 +141,35 @@ def test_channel_by_channel_gives_the_bits_of_one_channel_to_a_block(
             ):
                 continue
             assert torch.equal(convolve(layer, 3, choice, source, values), want), choice
+
+
+@pytest.mark.parametrize("direction", [Layer.forward, Layer.transposed])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("entries", [1, 2, 4, 7, 9])
+@pytest.mark.parametrize("channel_block", [30, 8])
+def test_weights_read_from_the_values_give_the_bits_of_gathered_ones(
+    channel_block: int, entries: int, stride: int, direction: Callable[[Plan], Layer]
+) -> None:
+    pool = PatternPool(all_patterns(entries).patterns[:4])
+    made, x, values, dy = Case(pool, 45, 30, 8, (3, 4), (stride,) * 2, (1, 1), 0.4, seed=7).operands()
+    layer = direction(made)
+    source, name = (x, "forward") if direction == Layer.forward else (dy, "grad_input")
+    choice = passes.Choice("channels", (1, 3, 4), 1, channel_block, len(pool))
+    from_values, gathered = (passes.prepare(layer, 1, choice, packed=packed) for packed in (False, True))
+    assert (from_values.structure.reads_values, gathered.structure.reads_values) == (1, 0)
+    got = run_pass(from_values, layer, backend.pack(source), values)
+    assert torch.equal(got, run_pass(gathered, layer, backend.pack(source), values))
+    assert relative_error(backend.unpack(got, 8), expected(made, x, values, dy)[name]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("tile", "size", "reads_values"),
+    [((1, 2, 4), (4, 8), True), ((1, 2, 4), (5, 8), False), ((1, 2, 2), (4, 2), True), ((1, 2, 2), (4, 4), False)],
+)
+def test_few_tiles_read_the_values(tile: tuple[int, int, int], size: tuple[int, int], reads_values: bool) -> None:
+    layer = Layer.forward(Case(SQUARES, 8, 8, 8, size, (1, 1), (1, 1), 0.5, seed=8).plan())
+    prepared = passes.prepare(layer, 1, passes.Choice("channels", tile, 1, 8, 4))
+    assert prepared.structure.reads_values == reads_values
 
 
 @pytest.mark.parametrize("name", library.INSTRUCTION_SETS)

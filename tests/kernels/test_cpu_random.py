@@ -9,8 +9,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from clicktrain.kernels.cpu import backend, codegen, library, memory, tuning
+from clicktrain.kernels.cpu import backend, codegen, library, memory, passes, tuning
 from clicktrain.kernels.cpu.layer import Layer
 from clicktrain.kernels.cpu.passes import Choice, prepare
 from clicktrain.patterns import PatternPool, all_patterns, full_pool, official_pool
@@ -164,6 +165,54 @@ def test_every_sweep(case: Case, channel_block: int, group: int) -> None:
             y = memory.empty(blocks, layer.filters, *layer.out_size, 8)
             library.function("convolve")(prepared.address, source.data_ptr(), values.data_ptr(), y.data_ptr(), 2)
             assert relative_error(backend.unpack(y, case.images), want[name]) < 1e-5, f"{choice} {case}"
+
+
+@st.composite
+def few_pixels(draw: st.DrawFn) -> Case:
+    """Layers of few tiles, kept densely, sparsely or but for a kernel or none; patterns of 1 to 9 entries."""
+    entries = draw(st.sampled_from((1, 3, 4, 9)))
+    size, stride, padding = draw(
+        st.sampled_from((((4, 4), (1, 1), 1), ((2, 2), (1, 1), 1), ((5, 7), (2, 2), 1), ((1, 1), (1, 1), 1)))
+    )
+    return Case(
+        PatternPool(all_patterns(entries).patterns[-5:]), draw(st.integers(1, 90)), draw(st.integers(1, 90)),
+        draw(st.integers(1, 9)), size, stride, (padding,) * 2, draw(st.sampled_from((0.002, 0.05, 0.3, 1.0))),
+        draw(st.integers(0, 2**32 - 1)),
+    )  # fmt: skip
+
+
+@settings(MINE, max_examples=200)
+@given(few_pixels(), st.sampled_from(((1, 2, 4), (1, 4, 2), (1, 1, 2))), st.integers(1, 90))
+def test_weights_from_the_values(case: Case, tile: tuple[int, int, int], channel_block: int) -> None:
+    """The bits are those of gathered weights, however many tiles there are."""
+    made, x, values, dy = case.operands()
+    if not len(values):
+        return
+    want = expected(made, x, values, dy)
+    for name, layer, source in (
+        ("forward", Layer.forward(made), backend.pack(x)), ("grad_input", Layer.transposed(made), backend.pack(dy)),
+    ):  # fmt: skip
+        if tile[1] % layer.spread[0] or tile[2] % layer.spread[1]:
+            continue
+        sweeps: list[codegen.Sweep] = ["channels"]
+        if library.instruction_set() == "avx512" and layer.spread == (1, 1):
+            sweeps.append("channel_pairs")
+        for sweep in sweeps:
+            choice = Choice(sweep, tile, 1, channel_block, len(case.pool))
+            gathered, read = (weights_from(source, values, layer, choice, reads_values=r) for r in (False, True))
+            assert torch.equal(gathered, read), f"{name} {choice} {case}"
+            assert relative_error(backend.unpack(read, case.images), want[name]) < 1e-5, f"{name} {choice} {case}"
+
+
+def weights_from(source: Tensor, values: Tensor, layer: Layer, choice: Choice, reads_values: bool) -> Tensor:
+    """Return the result of a pass that reads the values, or gathers them, whatever its tiles."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(passes, "_reads_values", lambda *_: reads_values)
+        prepared = prepare(layer, len(source), choice)
+    assert prepared.structure.reads_values == reads_values
+    y = memory.empty(len(source), layer.filters, *layer.out_size, 8)
+    library.function("convolve")(prepared.address, source.data_ptr(), values.data_ptr(), y.data_ptr(), 2)
+    return y
 
 
 def test_enough_cases_were_large() -> None:

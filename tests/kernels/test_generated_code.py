@@ -40,7 +40,10 @@ def test_sweeps_compile_for_every_instruction_set(sweep: codegen.Sweep, instruct
         return  # the others have no registers for pairs, and nothing asks for them
     tile = (register.blocks, 2, 4)
     spec = SweepSpec(sweep, instruction_set, 3, PATTERNS, len(PATTERNS), (1, 1), (1, 1), (0, 0), 4, 6, tile)
-    compile_only(sweeps.render(spec, (*SHAPES, replace(SHAPES[0], blocks=register.blocks))), tmp_path)
+    shapes = (*SHAPES, replace(SHAPES[0], blocks=register.blocks))
+    places: tuple[codegen.Weights, ...] = ("packed", "values", "reversed")
+    for weights in places[: 3 if codegen.goes_by_channel(sweep) else 1]:
+        compile_only(sweeps.render(replace(spec, weights=weights), shapes), tmp_path)
 
 
 def accumulator_spec(instruction_set: str, width: int | None = None) -> AccumulatorSpec:

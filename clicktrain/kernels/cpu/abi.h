@@ -18,7 +18,8 @@ struct Sweep {
   const int64_t* starts;    // [filters + 1] first record
   const uint16_t* runs;      // [filters to do][patterns] or [channels][patterns]: records of each pattern
   const int32_t* offsets;   // [records] floats from the start of the window
-  const float* weights;     // [records][weights of a record]
+  const float* weights;     // [records][weights of a record], or the canonical values
+  const int32_t* gather;    // [records] of sweeps that read the values: where the weights of a record start there
   const float* sums_in;     // sums so far; null = zero
   float* sums_out;
   int64_t in_filter, in_block, in_row, in_pixel;      // strides of sums_in in floats
@@ -61,6 +62,7 @@ struct Pass {
   int32_t whole_tiles;             // sweeps write whole tiles, also where they stick out of the output
   int32_t keeps_sums;              // sweeps are by channel: they keep sums in memory until all channels are done, and
                                    // read the input itself, not a copy of its window
+  int32_t reads_values;            // sweeps read the weights of a record where they are in the canonical values
   int32_t woven;                   // windows are [channel block][window_h][window_pitch][tile_blocks][8]
   int32_t max_pool;                // of 2 x 2 finished outputs only the largest is written: y is half as high and wide;
                                    // sums are kept or windows woven, tiles start and end at even pixels, nothing is

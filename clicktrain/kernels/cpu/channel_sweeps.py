@@ -4,7 +4,8 @@
 only the second-level cache holds. The 24 pixels of the window stay in the registers of AVX-512; those of AVX2 hold what
 one pattern reads of it (10 pixels for 1 x 4), or let it pass by as sweeps by filter do. The window is read once, so
 that there is no need to copy it: the sweep reads the input itself, and fetches the windows of the next channels ahead.
-A record's offset is its filter's place in the sums.
+A record's offset is its filter's place in the sums. Where few tiles use a weight, to gather all of them first takes
+longer than to read each one where it is in the canonical values.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ from clicktrain.kernels.cpu.codegen import (
     window_offset,
 )
 
+RECORDS_AHEAD = 16
+"""Whose weights are fetched where sweeps read the canonical values: there, those of a run lie on different lines. 8 and
+32 were no better; without, 512 filters were up to 1.06x slower, and up to 1.1x where a step of an optimizer had just
+driven the values out of the caches. `gather` has so many entries more than there are records."""
 SUMS_AT_ONCE = 8
 """Sums that are loaded before they are stored."""
 HELD_PIXELS = {"avx512": 28, "avx2": 12, "portable": 0}
@@ -47,7 +52,7 @@ def write(name: str, patterns: tuple[tuple[int, ...], ...], spec: SweepSpec, sha
         "  const float* channel = s->window;",
         "  const int64_t record = s->starts[s->begin];",
         "  const int32_t* offset = s->offsets + record;",
-        f"  const float* weight = s->weights + record * {entries};",
+        *_first_weights(entries, spec),
         "  const uint16_t* run = s->runs;",
         "  float* const all_sums = s->sums_out;",
         "  if (!s->sums_in)",
@@ -66,9 +71,10 @@ def write(name: str, patterns: tuple[tuple[int, ...], ...], spec: SweepSpec, sha
         lines += [
             "    {",
             *(_held(window, spec, shape) if len(window) <= holds < len(whole) else []),
-            f"    for (int n = run[{number}]; n; --n, ++offset, weight += {entries}) {{",
+            f"    for (int n = run[{number}]; n; --n, ++offset, {_next_weights(entries, spec)}) {{",
+            *_find_weights(spec),
             "      float* const sums = all_sums + *offset;",
-            *(_add_held(used, spec) if len(window) <= holds else _add_passing(used, spec, shape)),
+            *(_add_held(used, entries, spec) if len(window) <= holds else _add_passing(used, entries, spec, shape)),
             "    }",
             "    }",
         ]
@@ -84,13 +90,41 @@ def _registers(spec: SweepSpec, shape: TileShape) -> list[Pair]:
     return list(product(range(shape.rows), range(0, shape.columns, spec.pixels)))
 
 
+def _first_weights(entries: int, spec: SweepSpec) -> list[str]:
+    """Return the lines that find the weights of the first record, or where they are in the values."""
+    if spec.weights == "packed":
+        return [f"  const float* weight = s->weights + record * {entries};"]
+    return ["  const float* const values = s->weights;", "  const int32_t* place = s->gather + record;"]
+
+
+def _next_weights(entries: int, spec: SweepSpec) -> str:
+    """Return the expression that goes on to the next record."""
+    return f"weight += {entries}" if spec.weights == "packed" else "++place"
+
+
+def _find_weights(spec: SweepSpec) -> list[str]:
+    """Return the lines that find the weights of a record, unless they follow those of the one before."""
+    if spec.weights == "packed":
+        return []
+    return [
+        f"      __builtin_prefetch(values + place[{RECORDS_AHEAD}]);",
+        "      const float* const weight = values + *place;",
+    ]
+
+
+def _weight(entry: int, entries: int, spec: SweepSpec) -> str:
+    """Return the line that broadcasts an entry of a record of so many."""
+    place = entries - 1 - entry if spec.weights == "reversed" else entry
+    return f"      const {spec.register.name} w{entry} = {spec.register.broadcast}(weight[{place}]);"
+
+
 def _held(window: Iterable[Pair], spec: SweepSpec, shape: TileShape) -> list[str]:
     """Return the lines that load window pixels for as long as the block lasts."""
     name = spec.register.name
     return [f"    {name} {_pixel(p)} = {load_of(0, p, spec, shape)}; pin({_pixel(p)});" for p in window]
 
 
-def _add_held(used: Uses, spec: SweepSpec) -> list[str]:
+def _add_held(used: Uses, entries: int, spec: SweepSpec) -> list[str]:
     """Return the lines that add a kernel to its sums, a few of these at a time, from window pixels in registers."""
     register, lines = spec.register, []
     places, known = [place for place, taps in used.items() if taps], set()
@@ -101,25 +135,25 @@ def _add_held(used: Uses, spec: SweepSpec) -> list[str]:
         additions = sorted((entry, place, pixel) for place in sums for entry, pixel in used[place])
         for entry, place, pixel in additions:
             if entry not in known:  # as late as possible: AVX2 has just one register left for it
-                lines.append(f"      const {register.name} w{entry} = {register.broadcast}(weight[{entry}]);")
+                lines.append(_weight(entry, entries, spec))
                 known.add(entry)
             lines.append(f"      {sums[place]} += w{entry} * {_pixel(pixel)};")
         lines += [f"      store({at[place]}, {total});" for place, total in sums.items()]
     return lines
 
 
-def _add_passing(used: Uses, spec: SweepSpec, shape: TileShape) -> list[str]:
+def _add_passing(used: Uses, entries: int, spec: SweepSpec, shape: TileShape) -> list[str]:
     """Return the lines that add a kernel to its sums, all of them in registers while window pixels pass by."""
     register = spec.register
     sums = [(sum_name(0, *place), _sum_offset(place, spec)) for place, taps in used.items() if taps]
-    entries = sorted({entry for taps in used.values() for entry, _ in taps})
+    read = sorted({entry for taps in used.values() for entry, _ in taps})
     uses: dict[Pair, list[tuple[int, str]]] = {}
     for place, taps in used.items():
         for entry, pixel in taps:
             uses.setdefault(pixel, []).append((entry, sum_name(0, *place)))
     lines = [
         *(f"      {register.name} {total} = {register.load}(sums + {offset});" for total, offset in sums),
-        *(f"      const {register.name} w{entry} = {register.broadcast}(weight[{entry}]);" for entry in entries),
+        *(_weight(entry, entries, spec) for entry in read),
     ]
     for pixel in sorted(uses):
         pin = " pin(x);" if len(uses[pixel]) > 1 else ""

@@ -32,6 +32,9 @@ TARGETS = {
 }
 """Instruction set -> bits of a register, and what the compiler calls the set."""
 Sweep = Literal["filters", "filter_pairs", "filter_blocks", "channels", "channel_pairs"]
+Weights = Literal["packed", "values", "reversed"]
+"""Where a sweep reads the weights of its records: one after the other as they were gathered, or from the canonical
+values where `Pass.gather` says, each kernel from first to last or from last to first."""
 MOST_WEIGHTS = 9
 """That are in registers together."""
 MAX_PATTERNS = 16
@@ -96,6 +99,7 @@ class SweepSpec:
     window_pitch: int
     tile: tuple[int, int, int]
     chains: int = 1
+    weights: Weights = "packed"
 
     @property
     def register(self) -> Register:

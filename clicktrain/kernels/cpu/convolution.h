@@ -198,6 +198,7 @@ class Convolution {
     s.runs = p_.runs + int64_t(list) * p_.list_runs + int64_t(begin / p_.part) * p_.part_runs;
     s.offsets = p_.offsets;
     s.weights = weights_;
+    s.gather = p_.gather;
     s.in_row = s.out_row = int64_t(pixel_rows()) * p_.tile_w * kLanes;
     s.in_pixel = s.out_pixel = int64_t(pixel_columns()) * kLanes;
     s.in_block = s.out_block = int64_t(p_.tile_h) * p_.tile_w * kLanes;
@@ -305,8 +306,8 @@ inline void gather_weights(const Pass& p, const float* values, float* weights, i
                     : gather_weights<0, false>(p, values, weights, threads);
 }
 
-// With weights in the order of the sweeps.
-inline void convolve_gathered(
+// With weights as the sweeps read them.
+inline void convolve_with(
     const Pass& p, const float* x, const float* weights, const Epilogue& epilogue, float* y, int threads) {
   const Tiles tiles(p);
   const int parts = (p.filters + p.part - 1) / p.part;
@@ -324,10 +325,11 @@ inline void convolve_gathered(
 }
 
 inline void convolve(const Pass& p, const float* x, const float* values, float* y, int threads) {
+  if (p.reads_values) return convolve_with(p, x, values, {nullptr, nullptr, 0}, y, threads);
   thread_local clicktrain::Scratch gathered;
   float* weights = gathered.floats(size_t(p.records) * p.record_weights + 1);
   gather_weights(p, values, weights, threads);
-  convolve_gathered(p, x, weights, {nullptr, nullptr, 0}, y, threads);
+  convolve_with(p, x, weights, {nullptr, nullptr, 0}, y, threads);
 }
 
 }  // namespace CLICKTRAIN_ISA

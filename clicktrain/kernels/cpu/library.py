@@ -27,7 +27,7 @@ class Pass(ctypes.Structure):
             "band", "window_h", "window_w", "window_pitch", "start_h", "start_w", "stride_h", "stride_w",
             "spread_h", "spread_w", "phases", "groups", "channel_block", "channel_blocks", "part", "record_weights",
             "reversed", "part_runs", "list_runs", "streaming", "whole_tiles", "keeps_sums",
-            "woven", "max_pool",
+            "reads_values", "woven", "max_pool",
         )),
         ("records", _i64),
         *((name, _pointer) for name in ("order", "starts", "runs", "offsets", "gather", "sweeps")),

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from clicktrain.errors import BackendUnavailable
 from clicktrain.kernels import build
 from clicktrain.kernels.cpu import codegen, sweeps
+from clicktrain.kernels.cpu.channel_sweeps import RECORDS_AHEAD
 from clicktrain.kernels.cpu.codegen import LANES, SweepSpec, TileShape
 from clicktrain.kernels.cpu.layer import Layer, Pair, stable_order
 from clicktrain.kernels.cpu.library import Pass, cache_bytes, instruction_set, sweep_taps
@@ -26,6 +27,11 @@ ITEMS_PER_THREAD, FILTERS_PER_PART = 4, 16
 CHAINS = 8  # multiply-adds under way at once: two units, four cycles each
 MIN_PART = 16
 """The fewest filters of a part in sweeps by channel."""
+MOST_TILES, PIXELS_PER_TILE = 4, 2
+"""Tiles up to which sweeps by channel read the canonical values, and pixels that a tile needs for each of them: reading
+costs a tile as much time whatever its size. On a family 25, model 17 EPYC, batches of 1 to 32 at 2.25x to 8.1x: 1.1 to
+1.5x with one tile of 2 x 4 or 4 x 4 pixels, 1.06 to 1.2x with two, 1.0 to 1.14x with four, 0.95 to 1.06x with eight;
+with tiles of 2 x 2 pixels 1.08 to 1.2x with two, 0.93 to 1.1x with four."""
 MOST_CHANNELS = 65535
 """In a window, since runs are counted in 16 bits."""
 STREAMED_BYTES = 2 << 20
@@ -135,16 +141,17 @@ def _pitch(rows: int, columns: int, channels: int) -> int:
     return min(range(columns, columns + 5), key=lambda pitch: (crowding(pitch), pitch))
 
 
-def prepare(layer: Layer, blocks: int, choice: Choice, short_chains: bool = False) -> Prepared:
+def prepare(layer: Layer, blocks: int, choice: Choice, short_chains: bool = False, packed: bool = False) -> Prepared:
     """Lay out a pass. Without a compiler the generic sweep takes the place of a specialised one.
 
-    With short chains, small tiles are faster, and their tile decides the last bits, too (see `SweepSpec`).
+    With short chains, small tiles are faster, and their tile decides the last bits, too (see `SweepSpec`). Packed: the
+    weights are gathered once and for all, so that no sweep reads the canonical values.
     """
     if choice.sweep == "taps":
         return _prepare_taps(layer, blocks, choice)
     try:
         if codegen.goes_by_channel(choice.sweep):
-            return _prepare_channels(layer, blocks, choice)
+            return _prepare_channels(layer, blocks, choice, packed)
         return _prepare_filters(layer, blocks, choice, short_chains)
     except BackendUnavailable as error:
         warn_once(str(error))
@@ -219,7 +226,7 @@ def _prepare_filters(layer: Layer, blocks: int, choice: Choice, short_chains: bo
     })  # fmt: skip
 
 
-def _prepare_channels(layer: Layer, blocks: int, choice: Choice) -> Prepared:
+def _prepare_channels(layer: Layer, blocks: int, choice: Choice, packed: bool) -> Prepared:
     """Lay out a pass whose records are kernels, by part of the filters and by channel in runs of one pattern."""
     window, structure = Window.of(layer, choice), _structure(layer, blocks, choice)
     sums, patterns = math.prod(choice.tile) * LANES, len(layer.patterns)
@@ -238,14 +245,26 @@ def _prepare_channels(layer: Layer, blocks: int, choice: Choice) -> Prepared:
     structure.phases = structure.groups = structure.keeps_sums = 1
     structure.record_weights, structure.reversed, structure.records = layer.entries, layer.reversed, len(run)
     structure.part_runs, structure.list_runs = math.prod(shape[1:]), parts * math.prod(shape[1:])
+    structure.reads_values = not packed and _reads_values(layer, blocks, choice)
+    gather = kernels.numbers * layer.entries
+    weights: codegen.Weights = "packed"
+    if structure.reads_values:
+        weights = "reversed" if layer.reversed else "values"
+        gather = np.append(gather, np.zeros(RECORDS_AHEAD, np.int64))
     return Prepared(structure, {
         "order": np.zeros(structure.channel_blocks * layer.filters, np.int32),  # filters stay where they are
         "starts": starts,
         "runs": runs.astype(np.uint16),
         "offsets": (kernels.filters * sums).astype(np.int32),
-        "gather": (kernels.numbers * layer.entries).astype(np.int32),
-        "sweeps": _specialised_sweeps(layer, blocks, choice, window, 1, layer.in_size),
+        "gather": gather.astype(np.int32),
+        "sweeps": _specialised_sweeps(layer, blocks, choice, window, 1, layer.in_size, weights),
     })  # fmt: skip
+
+
+def _reads_values(layer: Layer, blocks: int, choice: Choice) -> bool:
+    """Tell whether a sweep by channel reads the canonical values: so few tiles do not repay gathering them."""
+    pixels = math.prod(choice.tile)
+    return _tile_count(layer, blocks, choice) <= max(1, min(MOST_TILES, pixels // PIXELS_PER_TILE))
 
 
 def _part(layer: Layer, blocks: int, choice: Choice) -> int:
@@ -354,7 +373,13 @@ def _chains(layer: Layer, choice: Choice) -> int:
 
 
 def _specialised_sweeps(
-    layer: Layer, blocks: int, choice: Choice, window: Window, chains: int, planes: Pair | None = None
+    layer: Layer,
+    blocks: int,
+    choice: Choice,
+    window: Window,
+    chains: int,
+    planes: Pair | None = None,
+    weights: codegen.Weights = "packed",
 ) -> NDArray[np.uint64]:
     """Return the address of the sweep of each group and tile, compiled if need be.
 
@@ -367,7 +392,7 @@ def _specialised_sweeps(
     group = most if codegen.goes_by_channel(choice.sweep) else min(choice.group, most)
     spec = SweepSpec(
         choice.sweep, instruction_set(), layer.kernel_size, layer.patterns, group, layer.stride, layer.spread,
-        window.origin, *(planes or (window.size[0], window.pitch)), choice.tile, chains,
+        window.origin, *(planes or (window.size[0], window.pitch)), choice.tile, chains, weights,
     )  # fmt: skip
     found = iter(_addresses(spec, distinct))
     table: list[int] = []

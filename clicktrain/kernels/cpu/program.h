@@ -225,7 +225,7 @@ inline void run_step(const Step& s, float* const* buffers, int threads) {
   float* y = buffers[s.y_buffer] + s.y;
   switch (s.kind) {
     case kConvolve:
-      return convolve_gathered(
+      return convolve_with(
           *static_cast<const Pass*>(s.geometry), x, s.weights, {s.bias, residual, s.relu}, y, threads);
     case kPack: return pack(*static_cast<const Lanes*>(s.geometry), x, y, threads);
     case kUnpack: return unpack(*static_cast<const Lanes*>(s.geometry), x, y, threads);

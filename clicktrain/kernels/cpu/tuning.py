@@ -64,15 +64,15 @@ def forget() -> None:
     _choices.clear()
 
 
-def tune_pass(layer: Layer, blocks: int, pooled: bool = False) -> Choice:
+def tune_pass(layer: Layer, blocks: int, pooled: bool = False, packed: bool = False) -> Choice:
     """Measure a few ways to cut up a pass and remember the fastest, in memory and on disk.
 
     If its result will be pooled, only ways that can do so at once are measured, if there are any: what they save is
-    more than what tiles differ by.
+    more than what tiles differ by. Where weights will be packed beforehand, none may gain by reading the values.
     """
     key = fingerprint(layer, blocks, pooled)
     stored = _read(key)
-    _choices[key] = stored if stored is not None else _fastest(layer, blocks, pooled)
+    _choices[key] = stored if stored is not None else _fastest(layer, blocks, pooled, packed)
     if stored is None:
         _write(key, _choices[key])
     return _choices[key]
@@ -88,12 +88,13 @@ def fingerprint(layer: Layer, blocks: int, pooled: bool = False) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 
 
-def _fastest(layer: Layer, blocks: int, pooled: bool) -> Choice:
+def _fastest(layer: Layer, blocks: int, pooled: bool, packed: bool) -> Choice:
     """Run all candidates in turn, several times, and return the one with the best median."""
     x = torch.ones(blocks, layer.channels, *layer.in_size, 8)
     y = torch.empty(blocks, layer.filters, *layer.out_size, 8)
     values = torch.ones(len(layer.kernels.filters) * layer.entries)
-    passes = [(choice, prepare(layer, blocks, choice)) for choice in candidates(layer, blocks, pooled)]
+    choices = candidates(layer, blocks, pooled)
+    passes = [(choice, prepare(layer, blocks, choice, packed=packed)) for choice in choices]
     if pooled:
         passes = [(choice, prepared) for choice, prepared in passes if can_pool(prepared)] or passes
     seconds: list[list[float]] = [[] for _ in passes]
