@@ -74,7 +74,7 @@ def _networks(report: Any) -> Table:
 
 def _steps(report: Any) -> Table:
     steps = report.get("steps")
-    title = "A training step of VGG-13 at 9.0x there, batch 128, forward and backward passes as CUDA graphs:"
+    title = "A training step of VGG-13 at 9.0x there, batch 128; recorded: forward and backward passes as CUDA graphs:"
     if not steps:
         return title, (), []
     times = {timed["name"]: timed["median_ms"] for timed in steps["timings"]}

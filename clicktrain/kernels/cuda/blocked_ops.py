@@ -2,7 +2,8 @@
 
 The functions are those of `clicktrain.kernels.cpu.blocked_ops`. On a GPU a block of images is one image: a blocked
 activation of N images is a contiguous float32 tensor [N, C, H, W, 1], the memory of an NCHW tensor. Sums have a fixed
-order, so results are the same bits from call to call on one device.
+order, so results are the same bits from call to call on one device. An activation of more than `backend.INDEX_LIMIT`
+elements raises InvalidArgument.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from clicktrain.errors import InvalidArgument
 from clicktrain.kernels.cpu.blocked_ops import Pair, Window
 from clicktrain.kernels.cuda import backend, codegen
 from clicktrain.kernels.cuda.launch import Argument
@@ -147,6 +149,7 @@ def max_pool(
 
     With a scale and a shift, (C,) float32 each, what is pooled is scale * x + shift, then ReLU if asked for.
     """
+    _check_size(*x.shape)
     shape = (*x.shape[:2], x.shape[2] // 2, x.shape[3] // 2, 1)
     y, places = _empty(x, *shape), torch.empty(shape, dtype=torch.uint8, device=x.device)
     text, *sizes = _pooling_unit(x)
@@ -194,6 +197,7 @@ def _text(vector: int, pooling: bool) -> str:
 
 def _sums(x: Tensor) -> tuple[Tensor, int]:
     """Return memory for two sums of each channel and block, and how many blocks share a channel."""
+    _check_size(*x.shape)
     channels = x.shape[1]
     blocks = BLOCKS * backend.launcher.limits(x.device).multiprocessors
     splits = max(1, min(x.shape[0], blocks // channels))
@@ -204,7 +208,16 @@ def _blocks(threads: int) -> int:
     return -(-threads // THREADS)
 
 
+def _check_size(*shape: int) -> None:
+    if prod(shape) > backend.INDEX_LIMIT:
+        raise InvalidArgument(
+            f"an activation of shape {shape[:4]} has {prod(shape)} elements: the cuda backend addresses "
+            f"{backend.INDEX_LIMIT}; split the batch"
+        )
+
+
 def _empty(like: Tensor, *shape: int) -> Tensor:
+    _check_size(*shape)
     return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 

@@ -145,7 +145,7 @@ def forget() -> None:
 
 
 def typical(images: int) -> int:
-    """Return the size of batches as which a batch is cut up: the largest power of two that it has.
+    """Return the size of batches as which a batch is cut up: the largest power of two that is not larger.
 
     So the last batch of an epoch and those of an evaluation need little code of their own.
     """

@@ -17,6 +17,7 @@ from clicktrain.assignment import Assignment
 from clicktrain.blocked import BlockedTensor
 from clicktrain.blocked import kernels as blocked_kernels
 from clicktrain.conversion import convert
+from clicktrain.errors import InvalidArgument
 from clicktrain.kernels.cuda import blocked_ops
 from clicktrain.kernels.cuda.tiling import Limits
 from clicktrain.layers import PatternConv2d
@@ -183,6 +184,21 @@ def test_the_input_is_left_out_where_nobody_asks_for_it(on_gpu):
     dx, _, dbias = blocked_ops.batch_norm_backward(x, x, 4, ones, ones, None, True, needs_input=False)
     assert dx is None
     assert close(dbias, x.sum((0, 2, 3, 4)), 1e-4)
+
+
+def test_what_cannot_be_addressed_is_refused(on_gpu):
+    x, ones = torch.zeros(1).expand(2**15, 2**8, 16, 16, 1), torch.ones(2**8)
+    for call in (
+        lambda: blocked_ops.normalisation(x, len(x), None, None, EPS, MOMENTUM, None, None),
+        lambda: blocked_ops.affine(x, len(x), ones, ones),
+        lambda: blocked_ops.batch_norm_backward(x, x, len(x), ones, ones, None, True),
+        lambda: blocked_ops.max_pool(x, len(x), (2, 2), (2, 2), (0, 0)),
+    ):
+        with pytest.raises(
+            InvalidArgument, match=r"shape \(32768, 256, 16, 16\) has 2147483648 elements: .*; split the"
+        ):
+            call()
+    assert not on_gpu.kernels
 
 
 def test_a_missing_barrier_is_found(units):
