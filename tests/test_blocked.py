@@ -292,6 +292,27 @@ class TestBorders:
         assert len(model._forward_hooks) == len(model._forward_pre_hooks) == 0
         assert not any(getattr(layer, "blocked_on", None) for layer in model.modules())
 
+    def test_a_model_that_moves_is_installed_on_its_new_device(
+        self, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("clicktrain.blocked.kernels.GPU", "meta")
+        blocked.install(model)
+        before = dict(model._forward_pre_hooks), dict(model._forward_hooks)
+        model.to("meta")
+
+        def places() -> set[str | None]:
+            return {layer.blocked_on for layer in model.modules() if isinstance(layer, PatternConv2d)}
+
+        with blocked.installed(model):
+            assert places() == {"meta"}
+            (hook,) = model._forward_pre_hooks.values()
+            assert hook.keywords == {"device": "meta"}
+        assert places() == {"cpu"}
+        assert (dict(model._forward_pre_hooks), dict(model._forward_hooks)) == before
+        blocked.install(model)
+        assert places() == {"meta"}
+        assert len(model._forward_hooks) == len(model._forward_pre_hooks) == 1
+
     def test_installing_twice_changes_nothing_and_to_dense_removes(self, model: nn.Module) -> None:
         blocked.install(model)
         assert len(model._forward_hooks) == len(model._forward_pre_hooks) == 1

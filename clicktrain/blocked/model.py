@@ -29,37 +29,43 @@ def install(model: nn.Module) -> None:
         Called with a batch (N, C, H, W) as the first argument. Installing twice changes nothing.
     """
     device = _keep_blocked(model, True)
-    if device is None:
-        remove(model)
-    elif not _is_installed(model):
-        model.register_forward_pre_hook(partial(_enter, device=device))
-        model.register_forward_hook(_leave)
+    if device != _installed_on(model):
+        _drop_hooks(model)
+        if device is not None:
+            model.register_forward_pre_hook(partial(_enter, device=device))
+            model.register_forward_hook(_leave)
 
 
 def remove(model: nn.Module) -> None:
     """Undo `install`."""
     _keep_blocked(model, False)
-    for hooks, ours in ((model._forward_pre_hooks, _enter), (model._forward_hooks, _leave)):
-        for key in [key for key, hook in hooks.items() if _function(hook) is ours]:
-            del hooks[key]
+    _drop_hooks(model)
 
 
 @contextmanager
 def installed(model: nn.Module) -> Iterator[None]:
-    """Keep activations blocked inside the block only, unless that was installed before."""
-    if _is_installed(model):
-        yield
-        return
+    """Keep activations blocked on the model's present device inside the block; afterwards all is as it was before."""
+    layers = [(layer, layer.blocked_on) for layer in _layers(model)]
+    hooks = [(hooks, dict(hooks)) for hooks in (model._forward_pre_hooks, model._forward_hooks)]
     install(model)
     try:
         yield
     finally:
-        remove(model)
+        for layer, device in layers:
+            layer.blocked_on = device
+        for now, before in hooks:
+            now.clear()
+            now.update(before)
+
+
+def _layers(model: nn.Module) -> list[Any]:
+    """Return the pattern convolutions."""
+    return [layer for layer in model.modules() if hasattr(layer, "blocked_on")]
 
 
 def _keep_blocked(model: nn.Module, keep: bool) -> str | None:
     """Tell the pattern convolutions; return the type of the device on which any keeps activations blocked."""
-    layers: list[Any] = [layer for layer in model.modules() if hasattr(layer, "blocked_on")]
+    layers = _layers(model)
     for layer in layers:
         name = name_of(layer.values)
         keeps = keep and name is not None and layer.backend in ("auto", name)
@@ -67,8 +73,16 @@ def _keep_blocked(model: nn.Module, keep: bool) -> str | None:
     return next((layer.blocked_on for layer in layers if layer.blocked_on is not None), None)
 
 
-def _is_installed(model: nn.Module) -> bool:
-    return any(_function(hook) is _enter for hook in model._forward_pre_hooks.values())
+def _installed_on(model: nn.Module) -> str | None:
+    """Return the type of the device for which hooks are installed."""
+    hooks = (hook for hook in model._forward_pre_hooks.values() if _function(hook) is _enter)
+    return next((hook.keywords["device"] if isinstance(hook, partial) else "cpu" for hook in hooks), None)
+
+
+def _drop_hooks(model: nn.Module) -> None:
+    for hooks, ours in ((model._forward_pre_hooks, _enter), (model._forward_hooks, _leave)):
+        for key in [key for key, hook in hooks.items() if _function(hook) is ours]:
+            del hooks[key]
 
 
 def _function(hook: Callable[..., Any]) -> Callable[..., Any]:
