@@ -21,8 +21,9 @@ from clicktrain.errors import ClickTrainError, InvalidArgument
 
 CPU_SAMPLE_SECONDS = 2e-3
 """A CPU sample repeats its contender until it lasts about so long, far above the clock's resolution."""
-CUDA_FLUSH_BYTES = 256 << 20
-"""Written before each CUDA sample, so that the second-level cache holds nothing of the contender's operands."""
+CUDA_FLUSH_BYTES, CUDA_FLUSHES = 256 << 20, 4
+"""Written before each CUDA sample, and how often: once, and the second-level cache holds nothing of the contender's
+operands; several times, and the host has a third of a millisecond to enqueue all kernels of the contender."""
 
 
 class WrongResult(ClickTrainError):
@@ -279,10 +280,11 @@ class _CudaSample:
 
     def __call__(self, run: Callable[[], object], calls: int) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        # The overwriting also keeps the device busy while the host enqueues the call, so that launch latency is
-        # not timed where the contender is longer than its launch.
+        # The overwriting also keeps the device busy while the host enqueues the call, so that what the host takes
+        # for it is not timed.
         run()
-        self._flush.zero_()
+        for _ in range(CUDA_FLUSHES):
+            self._flush.zero_()
         start.record()
         run()
         end.record()
