@@ -53,10 +53,36 @@ def record(model: nn.Module, x: Tensor) -> nn.Module:
     if (layer := _waiting_layer(model)) is not None:
         raise InvalidArgument(f"model: {layer} computes by the reference backend, which waits for the device")
     # torch records no module with hooks of its own, which a network has while its operators are fused.
-    graphs = nn.Sequential(model).train(model.training)
+    graphs = _Network(model).train(model.training)
     with _unchanged(model, x.device), blocked.installed(model):
         torch.cuda.make_graphed_callables(graphs, (x.detach().clone(),), allow_unused_input=True)
+    graphs.forget()
     return graphs
+
+
+class _Network(nn.Sequential):
+    """A model that, while it is recorded, knows what it has returned last."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self._last: list[Tensor] | None = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the model does."""
+        y: Tensor = self[0](x)
+        if self._last is not None:
+            self._last = [y]
+        return y
+
+    def forget(self) -> None:
+        """Free the autograd graph of what was recorded, which torch keeps with the record and never uses.
+
+        It would keep gradients on the stream of the record: each backward pass would wait for them, and torch warn.
+        """
+        for y in self._last or []:
+            if not y._is_view():
+                y.detach_()
+        self._last = None
 
 
 def _waiting_layer(model: nn.Module) -> str | None:

@@ -29,18 +29,20 @@ class Network(nn.Module):
 @pytest.fixture
 def recorded(monkeypatch):
     """Let the CPU play the GPU: what torch is asked to record is run once and noted, and then computes as it is."""
-    calls = []
+    calls, outputs = [], []
 
     def make_graphed_callables(module, arguments, allow_unused_input):
         assert not module._forward_pre_hooks
         assert not module._forward_hooks
-        module(*arguments)
+        outputs.append(module(*arguments))
+        assert outputs[-1].requires_grad
         calls.append((module, tuple(arguments[0].shape)))
 
     monkeypatch.setattr(kernels, "GPU", "cpu")
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_graphed_callables)
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
-    return calls
+    yield calls
+    assert all(output.grad_fn is None for output in outputs)  # and so keeps no gradient on its stream
 
 
 def test_a_tensor_on_the_cpu_is_refused():

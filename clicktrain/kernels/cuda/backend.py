@@ -253,6 +253,8 @@ class Runtime:
 
 
 _runtimes: WeakKeyDictionary[Plan, dict[tuple[Dtype, torch.device, bool], Runtime]] = WeakKeyDictionary()
+_former: WeakKeyDictionary[Plan, list[Runtime]] = WeakKeyDictionary()
+"""What other layouts have replaced: kept as long as the plan, since CUDA graphs read the arrays that they recorded."""
 
 
 def _runtime(plan: Plan, *images: Tensor) -> Runtime:
@@ -284,9 +286,15 @@ def preparations(plan: Plan, functions: Collection[str]) -> list[Callable[[], No
     return [lambda: compile_ahead(texts())]
 
 
+def _lay_out_anew(made: Plan) -> None:
+    """Let the passes of a plan be laid out on their next use, by the choices of then."""
+    _former.setdefault(made, []).extend(_runtimes.pop(made, {}).values())
+
+
 def forget() -> None:
     """Lay out all passes anew on their next use, as estimated."""
-    _runtimes.clear()
+    for made in list(_runtimes):
+        _lay_out_anew(made)
     tuning.forget()
 
 
@@ -331,7 +339,7 @@ def _tune(made: Plan, dtype: torch.dtype, batch_last: bool, functions: Collectio
         if runtime.batch_last:
             x, dy = as_batch_last(x), as_batch_last(dy)
         tensor_cores.tune(made, DTYPES[dtype], launcher, (x, values, dy), NO_EPILOGUE, functions)
-        _runtimes.pop(made, None)
+        _lay_out_anew(made)
         return
     layers = Layer.forward(made), Layer.transposed(made)
     context = made.input_shape[0], DTYPES[dtype], launcher.limits(device)
@@ -351,7 +359,7 @@ def _tune(made: Plan, dtype: torch.dtype, batch_last: bool, functions: Collectio
             GradientSpec, layers[0], *context, tuning.likely_gradients,
             lambda spec: partial(gradient(layers[0], *context[:2], device, spec).run, x, dy, made.values_shape),
         )  # fmt: skip
-    _runtimes.pop(made, None)
+    _lay_out_anew(made)
 
 
 def units(

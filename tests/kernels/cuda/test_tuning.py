@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -107,6 +109,20 @@ def test_only_what_will_be_asked_for_is_compiled_and_measured(functions, fused, 
     assert sum(ran) == len(compiled)
     assert launcher.texts <= set(compiled)
     assert all("constexpr int FUSED = 1;" in text for text in compiled) == fused
+
+
+def test_layouts_that_a_graph_may_have_recorded_outlive_tuning(launcher, monkeypatch):
+    monkeypatch.setattr(backend, "compile_ahead", lambda texts: None)
+    monkeypatch.setattr(tuning, "fastest", lambda specs, run: specs[-1])
+    made, x, values, _ = Case(official_pool(4), 5, 6, 3, (7, 6), (1, 1), (1, 1), 0.5, 1).operands()
+    with on_host(launcher):
+        y = backend.forward(x, values, made)
+        (former,) = (weakref.ref(runtime.forward) for runtime in backend._runtimes[made].values())
+        backend.tune([made], functions=("forward",))
+        torch.testing.assert_close(backend.forward(x, values, made), y)
+        gc.collect()
+        assert former() is not None
+        assert all(runtime.forward is not former() for runtime in backend._runtimes[made].values())
 
 
 def test_the_fastest_is_the_one_with_the_smallest_median(monkeypatch):
