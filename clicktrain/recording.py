@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -54,7 +55,9 @@ def record(model: nn.Module, x: Tensor) -> nn.Module:
         raise InvalidArgument(f"model: {layer} computes by the reference backend, which waits for the device")
     # torch records no module with hooks of its own, which a network has while its operators are fused.
     graphs = _Network(model).train(model.training)
-    with _unchanged(model, x.device), blocked.installed(model):
+    with _unchanged(model, x.device), blocked.installed(model), warnings.catch_warnings():
+        # of gradients on another stream: those that torch records are on two of its own, and are thrown away
+        warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
         torch.cuda.make_graphed_callables(graphs, (x.detach().clone(),), allow_unused_input=True)
     graphs.forget()
     return graphs

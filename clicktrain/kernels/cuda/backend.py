@@ -20,15 +20,14 @@ from functools import cached_property, partial
 from typing import Literal
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from clicktrain.errors import InvalidArgument
 from clicktrain.kernels.cpu.layer import Layer
 from clicktrain.kernels.cuda import codegen, gradient_tiling, layout, tiling, tuning, window_text
 from clicktrain.kernels.cuda import tensor as tensor_cores
+from clicktrain.kernels.cuda.arrays import on_device
 from clicktrain.kernels.cuda.codegen import ConvolutionSpec, Dtype, GradientSpec
 from clicktrain.kernels.cuda.launch import CupyLauncher, Launcher, available, compile_ahead
 from clicktrain.kernels.cuda.region import LANES, Region, groups
@@ -130,9 +129,9 @@ class Convolution:
         self.text = codegen.unit(self.spec)
         self._fused_text = _text(self.spec, fused=True)
         made = layout.program(layer, self.spec)
-        self._words, self._bounds = _on(made.words, device), _on(made.bounds, device)
-        self._channels = _on(made.channels, device)
-        self._gather, self._filter_of_slot = _on(made.gather, device), _on(made.filter_of_slot, device)
+        self._words, self._bounds = on_device(made.words, device), on_device(made.bounds, device)
+        self._channels = on_device(made.channels, device)
+        self._gather, self._filter_of_slot = on_device(made.gather, device), on_device(made.filter_of_slot, device)
         self._weight_words, self._program_words = -(-made.most_weights // 4) * 4, made.most_words
         self._shared = tiling.shared_bytes(self.spec, self._weight_words, self._program_words)
         self._chunks = -(-layer.channels // self.spec.channels)
@@ -167,11 +166,8 @@ class Gradient:
         limits = launcher.limits(device)
         self.text = codegen.unit(self.spec)
         made = layout.tasks(layer, self.spec)
-        self._tasks, self._pieces, self._piece_count = (
-            _on(made.words, device),
-            _on(made.pieces, device),
-            len(made.pieces),
-        )
+        self._tasks, self._pieces = on_device(made.words, device), on_device(made.pieces, device)
+        self._piece_count = len(made.pieces)
         patches = -(-images // self.spec.images)
         self._regions = groups(self.spec.x.lanes, tiling.tile_count(layer.out_size, self.spec.tile), patches)
         self._grid = _grid(layer, self.spec.tile, self.spec.x)
@@ -393,10 +389,6 @@ def _text(spec: ConvolutionSpec, fused: bool = False) -> str:
 
 def _gradient_text(spec: AnyGradientSpec) -> str:
     return window_text.unit(spec) if isinstance(spec, WindowSpec) else codegen.unit(spec)
-
-
-def _on(array: NDArray[np.int32], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array).ravel()).to(device)
 
 
 DEVICE_TYPE: Literal["cuda", "cpu"] = "cuda"

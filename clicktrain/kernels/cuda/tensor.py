@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from clicktrain.kernels.cuda import tensor_layout as layout
 from clicktrain.kernels.cuda import tensor_text as text
 from clicktrain.kernels.cuda import tensor_tuning as tuning
+from clicktrain.kernels.cuda.arrays import on_device
 from clicktrain.kernels.cuda.codegen import Dtype
 from clicktrain.kernels.cuda.launch import Launcher
 from clicktrain.kernels.cuda.region import LANES
@@ -106,7 +106,7 @@ class Forward:
         self.spec = spec or tuning.choose("forward", plan, dtype, limits, batch_last)
         self.text = text.unit(self.spec)
         made = layout.rows(plan, self.spec.input, self.spec.blocks)
-        self._program = [_on(a, device) for a in (made.offsets, made.places, made.step_strides, made.bounds)]
+        self._program = [on_device(a, device) for a in (made.offsets, made.places, made.step_strides, made.bounds)]
         self._most_steps = layout.most_steps(plan, self.spec.input.channels, self.spec.blocks)[self.spec.all_rows]
         self._shared = self.spec.shared_bytes + row_bytes(self.spec, plan)
         self._sets = len(made.bounds)
@@ -140,7 +140,7 @@ class InputGradient:
         self.spec = spec or tuning.choose("grad_input", plan, dtype, launcher.limits(device), batch_last)
         self.text = text.unit(self.spec)
         made = layout.input_jobs(plan, self.spec)
-        self._program = [_on(a, device) for a in (made.words, made.bounds, made.kernels, made.strides)]
+        self._program = [on_device(a, device) for a in (made.words, made.bounds, made.kernels, made.strides)]
         self._kernels, self._jobs = int(made.kernels[..., 1].max()), int(np.diff(made.bounds).max())
         self._shared = self.spec.shared_bytes + self.spec.weight_bytes(self._kernels) + self.spec.job_bytes(self._jobs)
         self._rects = Geometry.transposed(plan).rects(self.spec.rect)
@@ -174,7 +174,7 @@ class ValuesGradient:
         self.text = text.unit(self.spec)
         made = layout.rows(plan, self.spec.input)
         jobs, pieces = layout.value_jobs(made.bounds, self.spec)
-        self._program = [_on(a, device) for a in (made.offsets, made.places, made.strides, jobs, pieces)]
+        self._program = [on_device(a, device) for a in (made.offsets, made.places, made.strides, jobs, pieces)]
         self._pieces = len(pieces)
         self._walks, self._splits = walks_and_splits(self._pieces, self.spec, plan, limits)
         self._rects = Geometry.forward(plan).rects(self.spec.rect)
@@ -201,10 +201,6 @@ class ValuesGradient:
 
 def _parts(whole: int, part: int) -> int:
     return -(-whole // part)
-
-
-def _on(array: NDArray[np.int32], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array).ravel()).to(device)
 
 
 def _empty(shape: tuple[int, ...], like: Tensor, batch_last: bool) -> Tensor:

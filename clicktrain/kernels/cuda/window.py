@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from clicktrain.kernels.cpu.layer import Layer
 from clicktrain.kernels.cuda import window_layout, window_text, window_tiling
+from clicktrain.kernels.cuda.arrays import on_device
 from clicktrain.kernels.cuda.launch import Launcher
 from clicktrain.kernels.cuda.region import LANES
 from clicktrain.kernels.cuda.window_text import WindowSpec
@@ -23,7 +22,8 @@ class WindowGradient:
         self.layer, self.images, self.launcher, self.spec = layer, images, launcher, spec
         self.text = window_text.unit(spec)
         made = window_layout.programs(layer, spec)
-        self._program, self._places = [_on(a, device) for a in (made.words, made.pieces)], _on(made.places, device)
+        self._program = [on_device(a, device) for a in (made.words, made.pieces)]
+        self._places = on_device(made.places, device)
         self._pieces, self._kernels = made.count, made.kernels
         self._regions = window_tiling.region_count(spec, layer, images)
         self._splits = window_tiling.splits(made.count, self._regions, spec.resident, launcher.limits(device))
@@ -62,10 +62,6 @@ def add_up(
         text, "finish", -(-count // LANES), FINISH_THREADS, 4 * FINISH_THREADS,
         (partial, dvalues, places, count, entries, pitch, words, splits),
     )  # fmt: skip
-
-
-def _on(array: NDArray[np.int32], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array).ravel()).to(device)
 
 
 def _aligned(tensor: Tensor) -> Tensor:
