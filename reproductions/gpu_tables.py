@@ -14,6 +14,7 @@ from reproductions.wording import MISSING, Table
 _REPORTS = {
     "gpu.json": "",
     "gpu_gradient.json": "Newer (`gpu_gradient.json`; its description says what was disturbed): ",
+    "gpu_h200.json": "Newer, another GPU (`gpu_h200.json`; its description says what is missing): ",
 }
 _RIVALS = ("cuDNN fp32", "cuDNN tf32", "cuDNN bf16", "cuBLAS im2col", "cuSPARSE im2col", "cuSPARSE product")
 _MEANS = (*_RIVALS, "best layer, cuDNN fp32", "worst layer, cuSPARSE im2col")
