@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Literal
+from typing import Literal, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -48,6 +48,7 @@ DTYPES: dict[torch.dtype, Dtype] = {
     torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16",
 }  # fmt: skip
 INDEX_LIMIT = 2**31 - 1
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -366,20 +367,31 @@ def units(
     functions: Collection[str] = FUNCTIONS,
     fused: bool = False,
 ) -> list[str]:
-    """Return the texts among which `tune` chooses; or so many of each pass, the likeliest."""
+    """Return the texts among which `tune` chooses, one where it has chosen; or so many of each pass, the likeliest."""
     name, images, device = DTYPES[dtype], made.input_shape[0], _device()
     limits = launcher.limits(device)
     runtime = Runtime(made, name, device, batch_last)
     if runtime.on_tensor_cores:
         return tensor_cores.units(made, name, limits, candidates, runtime.batch_last, functions)
-    forward, transposed = Layer.forward(made), Layer.transposed(made)
-    found = []
+
+    def specs(
+        layer: Layer, kind: type[tuning.Spec], likely: Callable[..., list[T]], chosen: Callable[..., T]
+    ) -> list[T]:
+        context = layer, images, name, limits
+        if candidates is None and tuning.settled(tuning.fingerprint(*context, kind)):
+            return [chosen(*context)]
+        return likely(*context)[:candidates]
+
+    forward, found = Layer.forward(made), list[str]()
     if "forward" in functions:
-        found += [_text(spec, fused) for spec in tuning.likely(forward, images, name, limits)[:candidates]]
+        made_of = specs(forward, ConvolutionSpec, tuning.likely, tuning.convolution_spec)
+        found += [_text(spec, fused) for spec in made_of]
     if "grad_input" in functions:
-        found += [_text(spec) for spec in tuning.likely(transposed, images, name, limits)[:candidates]]
+        made_of = specs(Layer.transposed(made), ConvolutionSpec, tuning.likely, tuning.convolution_spec)
+        found += [_text(spec) for spec in made_of]
     if "grad_values" in functions:
-        found += [_gradient_text(spec) for spec in tuning.likely_gradients(forward, images, name, limits)[:candidates]]
+        gradients = specs(forward, GradientSpec, tuning.likely_gradients, tuning.gradient_spec)
+        found += [_gradient_text(spec) for spec in gradients]
     return found
 
 

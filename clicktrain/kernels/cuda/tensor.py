@@ -61,10 +61,15 @@ def units(
     batch_last: bool,
     functions: Collection[str] = tuning.FUNCTIONS,
 ) -> list[str]:
-    """Return the texts among which `tune` chooses; or so many of each pass, the likeliest."""
-    wanted = (function for function in tuning.FUNCTIONS if function in functions)
-    likely = (tuning.likely(function, plan, dtype, limits, batch_last)[:candidates] for function in wanted)
-    return [text.unit(spec) for specs in likely for spec in specs]
+    """Return the texts among which `tune` chooses, one where it has chosen; or so many of each pass, the likeliest."""
+    found = list[TensorSpec]()
+    for function in (function for function in tuning.FUNCTIONS if function in functions):
+        context = function, plan, dtype, limits, batch_last
+        if candidates is None and tuning.settled(*context):
+            found.append(tuning.choose(*context))
+        else:
+            found += tuning.likely(*context)[:candidates]
+    return [text.unit(spec) for spec in found]
 
 
 def tune(

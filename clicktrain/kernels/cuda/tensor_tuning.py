@@ -95,6 +95,11 @@ def tune(
     )  # fmt: skip
 
 
+def settled(function: Function, plan: Plan, dtype: Dtype, limits: Limits, batch_last: bool) -> bool:
+    """Return whether the measured choice is on disk; if so, it holds from now on."""
+    return tuning.settled(_fingerprint(function, plan, dtype, limits, batch_last))
+
+
 def choice_of(spec: TensorSpec) -> TensorChoice:
     """Return the choice that a specification was made from."""
     return TensorChoice(

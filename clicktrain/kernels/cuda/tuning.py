@@ -261,11 +261,16 @@ def measure(
     run: Callable[[Any], Callable[[], object]],
 ) -> None:
     """Choose the fastest of some specifications for a fingerprint, which are made from choices."""
+    if not settled(key):
+        _remember(key, choice(best := fastest(candidates(), run)), best)
+        _write(key, _choices[key])
+
+
+def settled(key: str) -> bool:
+    """Return whether a fingerprint's measured choice is on disk; if so, it holds from now on."""
     if (known := _read(key)) is not None:
         _choices[key] = known
-        return
-    _remember(key, choice(best := fastest(candidates(), run)), best)
-    _write(key, _choices[key])
+    return known is not None
 
 
 def chosen(

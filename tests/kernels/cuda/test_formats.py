@@ -198,11 +198,12 @@ def test_each_candidate_computes_the_same(units, forgotten, monkeypatch):
     monkeypatch.setattr(tuning, "fastest", fastest)
     made, x, values, dy = operands(replace(CASE, images=24))
     there = (backend.as_batch_last(x), values, backend.as_batch_last(dy))
+    texts = tensor.units(made, "bfloat16", small, None, True)
     with on_host(HostLauncher(units, small)) as launcher:
         tensor.tune(made, "bfloat16", launcher, there, backend.NO_EPILOGUE, tensor_tuning.FUNCTIONS)
         got = results(made, *there)
-        texts = tensor.units(made, "bfloat16", small, None, True)
         assert launcher.texts <= set(texts)
+        assert len(tensor.units(made, "bfloat16", small, None, True)) == 3  # as found on disk
         last = tensor_tuning.likely("forward", made, "bfloat16", small, True)[-1]
         assert backend._runtime(made, there[0]).forward.spec == last
     assert len(ran) == 3

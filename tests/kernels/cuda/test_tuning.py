@@ -105,10 +105,14 @@ def test_only_what_will_be_asked_for_is_compiled_and_measured(functions, fused, 
             )
             if name in functions
         }
-    assert len(ran) == passes
-    assert sum(ran) == len(compiled)
-    assert launcher.texts <= set(compiled)
-    assert all("constexpr int FUSED = 1;" in text for text in compiled) == fused
+        assert len(ran) == passes
+        assert sum(ran) == len(compiled)
+        assert launcher.texts <= set(compiled)
+        assert all("constexpr int FUSED = 1;" in text for text in compiled) == fused
+        compiled.clear()
+        tuning.forget()
+        backend.tune([made], functions=functions, fused=fused)  # as found on disk
+        assert len(compiled) == len(ran) == passes
 
 
 def test_layouts_that_a_graph_may_have_recorded_outlive_tuning(launcher, monkeypatch):
