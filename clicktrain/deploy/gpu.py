@@ -16,7 +16,7 @@ from clicktrain.assignment import Assignment
 from clicktrain.deploy.engine import apply
 from clicktrain.deploy.graph import Graph, Node
 from clicktrain.kernels.cuda import backend
-from clicktrain.kernels.cuda.backend import Epilogue
+from clicktrain.kernels.cuda.epilogue import Epilogue
 from clicktrain.kernels.cuda.launch import compile_ahead
 from clicktrain.kernels.plan import Plan, plan
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import partial
 from typing import Literal, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -25,17 +25,15 @@ from torch import Tensor
 
 from clicktrain.errors import InvalidArgument
 from clicktrain.kernels.cpu.layer import Layer
-from clicktrain.kernels.cuda import codegen, gradient_tiling, layout, tiling, tuning, window_text
+from clicktrain.kernels.cuda import convolution, gradient, tuning
 from clicktrain.kernels.cuda import tensor as tensor_cores
-from clicktrain.kernels.cuda.arrays import on_device
 from clicktrain.kernels.cuda.codegen import ConvolutionSpec, Dtype, GradientSpec
+from clicktrain.kernels.cuda.convolution import Convolution
+from clicktrain.kernels.cuda.epilogue import NO_EPILOGUE, Epilogue
 from clicktrain.kernels.cuda.launch import CupyLauncher, Launcher, available, compile_ahead
-from clicktrain.kernels.cuda.region import LANES, Region, groups
+from clicktrain.kernels.cuda.runtime import Runtime
 from clicktrain.kernels.cuda.tensor import as_batch_last, is_batch_last
-from clicktrain.kernels.cuda.tensor_text import IMAGES
-from clicktrain.kernels.cuda.tuning import AnyGradientSpec, choices, use_choices
-from clicktrain.kernels.cuda.window import WindowGradient, add_up
-from clicktrain.kernels.cuda.window_text import WindowSpec
+from clicktrain.kernels.cuda.tuning import choices, use_choices
 from clicktrain.kernels.plan import Plan
 from clicktrain.kernels.preparation import FUNCTIONS
 
@@ -49,29 +47,6 @@ DTYPES: dict[torch.dtype, Dtype] = {
 }  # fmt: skip
 INDEX_LIMIT = 2**31 - 1
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Epilogue:
-    """What is done to the sums before they are written: y = relu(sum * scale + shift + residual).
-
-    Attributes
-    ----------
-    scale, shift : Tensor or None, (C_out,) float32
-        None: 1 and 0.
-    residual : Tensor or None, (N, C_out, H_out, W_out)
-        Of x's type, in x's format if not NCHW; None: 0.
-    relu : bool
-        Whether negative results become 0.
-    """
-
-    scale: Tensor | None = None
-    shift: Tensor | None = None
-    residual: Tensor | None = None
-    relu: bool = False
-
-
-NO_EPILOGUE = Epilogue()
 
 
 def forward(x: Tensor, values: Tensor, plan: Plan) -> Tensor:
@@ -119,136 +94,6 @@ launcher: Launcher = CupyLauncher()
 """Runs the kernels."""
 
 
-class Convolution:
-    """A convolution pass on one device, ready to run."""
-
-    def __init__(
-        self, layer: Layer, images: int, dtype: Dtype, device: torch.device, spec: ConvolutionSpec | None = None
-    ) -> None:
-        self.layer, self.images = layer, images
-        self.spec = spec or tuning.convolution_spec(layer, images, dtype, launcher.limits(device))
-        self.text = codegen.unit(self.spec)
-        self._fused_text = _text(self.spec, fused=True)
-        made = layout.program(layer, self.spec)
-        self._words, self._bounds = on_device(made.words, device), on_device(made.bounds, device)
-        self._channels = on_device(made.channels, device)
-        self._gather, self._filter_of_slot = on_device(made.gather, device), on_device(made.filter_of_slot, device)
-        self._weight_words, self._program_words = -(-made.most_weights // 4) * 4, made.most_words
-        self._shared = tiling.shared_bytes(self.spec, self._weight_words, self._program_words)
-        self._chunks = -(-layer.channels // self.spec.channels)
-        self._filter_blocks = len(made.filter_of_slot) // self.spec.filters
-        self._regions = tiling.region_count(self.spec, layer, images)
-        self._grid = _grid(layer, self.spec.tile, self.spec.region)
-
-    def run(self, x: Tensor, values: Tensor, shape: tuple[int, ...], epilogue: Epilogue) -> Tensor:
-        """Return the outputs, of the given shape."""
-        y = torch.empty(shape, dtype=x.dtype, device=x.device)
-        if not y.numel():
-            return y
-        layer, spec = self.layer, self.spec
-        text = self.text if epilogue is NO_EPILOGUE else self._fused_text
-        launcher.launch(
-            text, "convolve", self._regions * self._filter_blocks, spec.warps * LANES, self._shared,
-            (
-                x, values, y, self._words, self._gather, self._bounds, self._channels, self._filter_of_slot,
-                epilogue.scale, epilogue.shift, epilogue.residual, int(epilogue.relu), self.images, layer.channels,
-                *layer.in_size, layer.filters, *layer.out_size, *self._grid, self._chunks,
-                self._filter_blocks, self._weight_words, self._program_words,
-            ),
-        )  # fmt: skip
-        return y
-
-
-class Gradient:
-    """The gradient of the values on one device, ready to run."""
-
-    def __init__(self, layer: Layer, images: int, device: torch.device, spec: GradientSpec) -> None:
-        self.layer, self.images, self.spec = layer, images, spec
-        limits = launcher.limits(device)
-        self.text = codegen.unit(self.spec)
-        made = layout.tasks(layer, self.spec)
-        self._tasks, self._pieces = on_device(made.words, device), on_device(made.pieces, device)
-        self._piece_count = len(made.pieces)
-        patches = -(-images // self.spec.images)
-        self._regions = groups(self.spec.x.lanes, tiling.tile_count(layer.out_size, self.spec.tile), patches)
-        self._grid = _grid(layer, self.spec.tile, self.spec.x)
-        self._shared = gradient_tiling.shared_bytes(self.spec)
-        self._splits = gradient_tiling.splits(self._piece_count, self._regions, self.spec.resident, limits)
-
-    def run(self, x: Tensor, dy: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Return the gradient, of the given shape (kept_kernels, entries)."""
-        layer, spec, count = self.layer, self.spec, shape[0] * shape[1]
-        partial = torch.empty(self._splits * count, dtype=torch.float32, device=x.device)
-        dvalues = torch.empty(shape, dtype=x.dtype, device=x.device)
-        launcher.launch(
-            self.text, "gradient", self._piece_count * self._splits, spec.warps * LANES, self._shared,
-            (
-                x, dy, partial, self._tasks, self._pieces, self.images, layer.channels, *layer.in_size, layer.filters,
-                *layer.out_size, *self._grid, self._regions, self._piece_count,
-                self._splits, shape[0],
-            ),
-        )  # fmt: skip
-        add_up(launcher, self.text, partial, dvalues, count, self._splits)
-        return dvalues
-
-
-def gradient(
-    layer: Layer, images: int, dtype: Dtype, device: torch.device, spec: AnyGradientSpec | None = None
-) -> Gradient | WindowGradient:
-    """Return the gradient of the values, ready to run; of the kind that the specification is for."""
-    spec = spec or tuning.gradient_spec(layer, images, dtype, launcher.limits(device))
-    if isinstance(spec, WindowSpec):
-        return WindowGradient(layer, images, device, launcher, spec)
-    return Gradient(layer, images, device, spec)
-
-
-def _grid(layer: Layer, tile: tuple[int, int], region: Region) -> tuple[int, int]:
-    """Return how many regions lie along the rows and columns of an image."""
-    rows, columns = tiling.tile_count(layer.out_size, tile)
-    return -(-rows // region.lanes[1]), -(-columns // region.lanes[2])
-
-
-class Runtime:
-    """The passes of a plan for one type and format on one device, each laid out on its first use."""
-
-    def __init__(self, plan: Plan, dtype: Dtype, device: torch.device, batch_last: bool = False) -> None:
-        self._layers = Layer.forward(plan), Layer.transposed(plan)
-        self._rest = plan.input_shape[0], dtype, device
-        served = tensor_cores.applies(plan, dtype, device)
-        self.batch_last = batch_last and served and plan.input_shape[0] % IMAGES == 0
-        self._for_tensor_cores = (plan, dtype, device, launcher, self.batch_last) if served else None
-
-    @property
-    def on_tensor_cores(self) -> bool:
-        """Whether tensor cores serve."""
-        return self._for_tensor_cores is not None
-
-    def arranged(self, images: Tensor) -> Tensor:
-        """Return images in the format that the passes take."""
-        return images if self.batch_last else images.contiguous()
-
-    @cached_property
-    def forward(self) -> Convolution | tensor_cores.Forward:
-        """The forward pass."""
-        if self._for_tensor_cores:
-            return tensor_cores.Forward(*self._for_tensor_cores)
-        return Convolution(self._layers[0], *self._rest)
-
-    @cached_property
-    def grad_input(self) -> Convolution | tensor_cores.InputGradient:
-        """The input gradient."""
-        if self._for_tensor_cores:
-            return tensor_cores.InputGradient(*self._for_tensor_cores)
-        return Convolution(self._layers[1], *self._rest)
-
-    @cached_property
-    def gradient(self) -> Gradient | WindowGradient | tensor_cores.ValuesGradient:
-        """The gradient of the values."""
-        if self._for_tensor_cores:
-            return tensor_cores.ValuesGradient(*self._for_tensor_cores)
-        return gradient(self._layers[0], *self._rest)
-
-
 _runtimes: WeakKeyDictionary[Plan, dict[tuple[Dtype, torch.device, bool], Runtime]] = WeakKeyDictionary()
 _former: WeakKeyDictionary[Plan, list[Runtime]] = WeakKeyDictionary()
 """What other layouts have replaced: kept as long as the plan, since CUDA graphs read the arrays that they recorded."""
@@ -259,7 +104,7 @@ def _runtime(plan: Plan, *images: Tensor) -> Runtime:
     key = (DTYPES[images[0].dtype], images[0].device, all(map(is_batch_last, images)))
     if key not in known:
         _check_size(plan)
-        known[key] = Runtime(plan, *key)
+        known[key] = Runtime(plan, *key[:2], launcher, key[2])
     return known[key]
 
 
@@ -274,11 +119,11 @@ def preparations(plan: Plan, functions: Collection[str]) -> list[Callable[[], No
 
     def texts() -> Iterable[str]:
         if "forward" in functions:
-            yield codegen.unit(tuning.convolution_spec(Layer.forward(plan), images, "float32", limits))
+            yield convolution.text(tuning.convolution_spec(Layer.forward(plan), images, "float32", limits))
         if "grad_input" in functions:
-            yield codegen.unit(tuning.convolution_spec(Layer.transposed(plan), images, "float32", limits))
+            yield convolution.text(tuning.convolution_spec(Layer.transposed(plan), images, "float32", limits))
         if "grad_values" in functions:
-            yield _gradient_text(tuning.gradient_spec(Layer.forward(plan), images, "float32", limits))
+            yield gradient.text(tuning.gradient_spec(Layer.forward(plan), images, "float32", limits))
 
     return [lambda: compile_ahead(texts())]
 
@@ -331,7 +176,7 @@ def _tune(made: Plan, dtype: torch.dtype, batch_last: bool, functions: Collectio
     shapes = made.input_shape, made.values_shape, made.output_shape
     x, values, dy = (torch.randn(shape, device=device).to(dtype) for shape in shapes)
     epilogue = Epilogue(shift=torch.randn(shapes[2][1], device=device), relu=True) if fused else NO_EPILOGUE
-    runtime = Runtime(made, DTYPES[dtype], device, batch_last)
+    runtime = Runtime(made, DTYPES[dtype], device, launcher, batch_last)
     if runtime.on_tensor_cores:
         if runtime.batch_last:
             x, dy = as_batch_last(x), as_batch_last(dy)
@@ -340,21 +185,22 @@ def _tune(made: Plan, dtype: torch.dtype, batch_last: bool, functions: Collectio
         return
     layers = Layer.forward(made), Layer.transposed(made)
     context = made.input_shape[0], DTYPES[dtype], launcher.limits(device)
+    laid_out = *context[:2], device, launcher
 
-    def convolution(layer: Layer, operand: Tensor, shape: tuple[int, ...], epilogue: Epilogue) -> None:
+    def tune_convolution(layer: Layer, operand: Tensor, shape: tuple[int, ...], epilogue: Epilogue) -> None:
         def run(spec: ConvolutionSpec) -> Callable[[], object]:
-            return partial(Convolution(layer, *context[:2], device, spec).run, operand, values, shape, epilogue)
+            return partial(Convolution(layer, *laid_out, spec).run, operand, values, shape, epilogue)
 
         tuning.tune(ConvolutionSpec, layer, *context, tuning.likely, run)
 
     if "forward" in functions:
-        convolution(layers[0], x, made.output_shape, epilogue)
+        tune_convolution(layers[0], x, made.output_shape, epilogue)
     if "grad_input" in functions:
-        convolution(layers[1], dy, made.input_shape, NO_EPILOGUE)
+        tune_convolution(layers[1], dy, made.input_shape, NO_EPILOGUE)
     if "grad_values" in functions:
         tuning.tune(
             GradientSpec, layers[0], *context, tuning.likely_gradients,
-            lambda spec: partial(gradient(layers[0], *context[:2], device, spec).run, x, dy, made.values_shape),
+            lambda spec: partial(gradient.lay_out(layers[0], *laid_out, spec).run, x, dy, made.values_shape),
         )  # fmt: skip
     _lay_out_anew(made)
 
@@ -370,7 +216,7 @@ def units(
     """Return the texts among which `tune` chooses, one where it has chosen; or so many of each pass, the likeliest."""
     name, images, device = DTYPES[dtype], made.input_shape[0], _device()
     limits = launcher.limits(device)
-    runtime = Runtime(made, name, device, batch_last)
+    runtime = Runtime(made, name, device, launcher, batch_last)
     if runtime.on_tensor_cores:
         return tensor_cores.units(made, name, limits, candidates, runtime.batch_last, functions)
 
@@ -385,22 +231,14 @@ def units(
     forward, found = Layer.forward(made), list[str]()
     if "forward" in functions:
         made_of = specs(forward, ConvolutionSpec, tuning.likely, tuning.convolution_spec)
-        found += [_text(spec, fused) for spec in made_of]
+        found += [convolution.text(spec, fused) for spec in made_of]
     if "grad_input" in functions:
         made_of = specs(Layer.transposed(made), ConvolutionSpec, tuning.likely, tuning.convolution_spec)
-        found += [_text(spec) for spec in made_of]
+        found += [convolution.text(spec) for spec in made_of]
     if "grad_values" in functions:
         gradients = specs(forward, GradientSpec, tuning.likely_gradients, tuning.gradient_spec)
-        found += [_gradient_text(spec) for spec in gradients]
+        found += [gradient.text(spec) for spec in gradients]
     return found
-
-
-def _text(spec: ConvolutionSpec, fused: bool = False) -> str:
-    return codegen.unit(replace(spec, fused=fused))
-
-
-def _gradient_text(spec: AnyGradientSpec) -> str:
-    return window_text.unit(spec) if isinstance(spec, WindowSpec) else codegen.unit(spec)
 
 
 DEVICE_TYPE: Literal["cuda", "cpu"] = "cuda"

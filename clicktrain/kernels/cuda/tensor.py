@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from functools import cache, partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from clicktrain.kernels.cuda import tensor_text as text
 from clicktrain.kernels.cuda import tensor_tuning as tuning
 from clicktrain.kernels.cuda.arrays import on_device
 from clicktrain.kernels.cuda.codegen import Dtype
+from clicktrain.kernels.cuda.epilogue import Epilogue
 from clicktrain.kernels.cuda.launch import Launcher
 from clicktrain.kernels.cuda.region import LANES
 from clicktrain.kernels.cuda.tensor_estimate import row_bytes, walks_and_splits
@@ -25,9 +25,6 @@ from clicktrain.kernels.cuda.tensor_geometry import Geometry
 from clicktrain.kernels.cuda.tensor_text import FILTERS, IMAGES, Function, TensorSpec
 from clicktrain.kernels.cuda.tiling import Limits
 from clicktrain.kernels.plan import Plan
-
-if TYPE_CHECKING:
-    from clicktrain.kernels.cuda.backend import Epilogue
 
 FINISH_THREADS = 256
 OLDEST = (8, 0)

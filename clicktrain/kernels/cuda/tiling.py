@@ -147,6 +147,12 @@ def tile_count(size: Pair, tile: Pair) -> Pair:
     return ceil(size[0] / tile[0]), ceil(size[1] / tile[1])
 
 
+def grid(layer: Layer, tile: Pair, region: Region) -> Pair:
+    """Return how many regions lie along the rows and columns of an image."""
+    rows, columns = tile_count(layer.out_size, tile)
+    return ceil(rows / region.lanes[1]), ceil(columns / region.lanes[2])
+
+
 def cut(
     layer: Layer, dtype: Dtype, tile: Pair, slots: int, per_patch: int, lanes: Triple, most_warps: int,
     paired: bool = False, trim: bool = True,

@@ -11,7 +11,7 @@ import torch
 from clicktrain.errors import InvalidArgument
 from clicktrain.kernels import build, reference
 from clicktrain.kernels.cuda import backend, tensor, tensor_tiling, tensor_tuning, tuning
-from clicktrain.kernels.cuda.backend import Epilogue
+from clicktrain.kernels.cuda.epilogue import NO_EPILOGUE, Epilogue
 from clicktrain.kernels.cuda.tensor_estimate import estimate, row_bytes
 from clicktrain.kernels.cuda.tiling import Limits
 from clicktrain.patterns import official_pool
@@ -200,7 +200,7 @@ def test_each_candidate_computes_the_same(units, forgotten, monkeypatch):
     there = (backend.as_batch_last(x), values, backend.as_batch_last(dy))
     texts = tensor.units(made, "bfloat16", small, None, True)
     with on_host(HostLauncher(units, small)) as launcher:
-        tensor.tune(made, "bfloat16", launcher, there, backend.NO_EPILOGUE, tensor_tuning.FUNCTIONS)
+        tensor.tune(made, "bfloat16", launcher, there, NO_EPILOGUE, tensor_tuning.FUNCTIONS)
         got = results(made, *there)
         assert launcher.texts <= set(texts)
         assert len(tensor.units(made, "bfloat16", small, None, True)) == 3  # as found on disk

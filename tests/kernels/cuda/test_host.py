@@ -15,7 +15,7 @@ from clicktrain.errors import BackendUnavailable, InvalidArgument
 from clicktrain.kernels import backends, plan, reference
 from clicktrain.kernels.cpu.layer import Layer
 from clicktrain.kernels.cuda import backend, codegen, launch, tiling
-from clicktrain.kernels.cuda.backend import Epilogue
+from clicktrain.kernels.cuda.epilogue import Epilogue
 from clicktrain.patterns import PRUNED, full_pool, official_pool
 from tests.kernels.cases import Case, expected, relative_error
 from tests.kernels.cuda.configurations import CONFIGURATIONS, check, run

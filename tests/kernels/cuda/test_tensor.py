@@ -25,7 +25,7 @@ from clicktrain.kernels.cuda import (
     tensor_text,
     tensor_tiling,
 )
-from clicktrain.kernels.cuda.backend import Epilogue
+from clicktrain.kernels.cuda.epilogue import Epilogue
 from clicktrain.kernels.cuda.tiling import Limits
 from clicktrain.patterns import PRUNED, PatternPool, full_pool, official_pool
 from tests.kernels.cases import expected, relative_error
