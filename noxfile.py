@@ -40,7 +40,7 @@ def tests(session: nox.Session) -> None:
     install(session, "dev")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
-    session.run("mypy", "--strict", "clicktrain")
+    session.run("mypy", "--strict", "clicktrain", "baselines", "reproductions", "bench")
     # One process a core, one thread each: threads that wait for one another in tiny networks only cost time.
     one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     words = ["-n", "auto", "--dist", "loadfile", "-p", "no:benchmark"]

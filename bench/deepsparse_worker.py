@@ -85,7 +85,7 @@ class Worker:
 
 def main(model: str, batch: str, result: str, threads: str) -> None:
     """Answer requests until there are no more."""
-    import deepsparse  # type: ignore[import-not-found]
+    import deepsparse
 
     x = np.load(batch)
     engine = deepsparse.Engine(model=model, batch_size=len(x), num_cores=int(threads))

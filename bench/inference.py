@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from clicktrain.files import write_atomic
 from clicktrain.flops import layer_costs
 from clicktrain.kernels.cpu import library
 from clicktrain.selection import Sparsity, prunable_layers, select
+from clicktrain.training.layout import use_channels_last
 
 TOLERANCE = 1e-4
 SETTLE_SECONDS = 0.02
@@ -106,7 +107,7 @@ NETWORKS = {
 
 def rivals(model: nn.Module, x: Tensor, wanted: Sequence[str], folder: Path, python: str | None) -> dict[str, Any]:
     """Return for each wanted engine its contender, or why there is none; leaves the engines' files in a folder."""
-    dense = clicktrain.to_dense(model).to(memory_format=torch.channels_last)
+    dense = use_channels_last(clicktrain.to_dense(model))
     torch.save(dense, folder / FILES["torch"])
     if set(wanted) - {"torch", "torch.compile"}:
         export.to_onnx(dense, x, folder / FILES["onnxruntime"])
@@ -127,7 +128,7 @@ def rivals(model: nn.Module, x: Tensor, wanted: Sequence[str], folder: Path, pyt
 
 
 def _contender(run: engines.Run, x: Tensor) -> timing.Contender:
-    return timing.Contender(lambda: run(x), lambda y: y.clone())  # an engine may use its output again
+    return timing.Contender(lambda: run(x), lambda y: cast(Tensor, y).clone())  # an engine may use its output again
 
 
 def _torch_compile(dense: nn.Module, x: Tensor) -> timing.Contender:

@@ -91,7 +91,7 @@ def _earlier(study: StudyDirectory, spec: RunSpec) -> float | None:
         seeds = [int(path.parent.name.removeprefix("seed_")) for path in found]
         runs = [read_run(RunSpec(spec.method, seed, spec.config), directory.run(config_id, seed)) for seed in seeds]
         if runs:
-            times = [run.result["seconds"] for run in runs]
+            times: list[dict[str, float]] = [run.result["seconds"] for run in runs]
             return statistics.median(each["total"] - each.get("shared", 0.0) for each in times)
     return None
 

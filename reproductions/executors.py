@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import subprocess
@@ -100,7 +101,7 @@ class Ray:
             ) from None
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
-            ray.init(ignore_reinit_error=True, logging_level="WARNING")
+            ray.init(ignore_reinit_error=True, logging_level=logging.WARNING)
         except (ConnectionError, RuntimeError) as error:
             raise ConfigError(f"--executor ray: {error}") from None
         there = ray.cluster_resources()
@@ -149,7 +150,7 @@ def _start(command: Sequence[str], settings: Mapping[str, str], **options: Any) 
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"} | settings,  # the last words of a killed worker are in its log
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **settings},  # the last words of a killed worker are in its log
         **options,
     )
 

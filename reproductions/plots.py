@@ -8,9 +8,10 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -31,7 +32,7 @@ _SERIES = [f"#0{number}0{number}ff" for number in range(SERIES)]
 _VARIABLES = {_INK: "var(--ink)", _GRID: "var(--grid)"} | {
     color: f"var(--series-{number})" for number, color in enumerate(_SERIES)
 }
-_STYLE = {
+_STYLE: dict[Any, object] = {  # Any: matplotlib names all its keys, and more with every release
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,
@@ -151,7 +152,7 @@ def _elapsed(run: Run, epochs: list[int]) -> list[float]:
 
 def _focus_on_top(axes: Axes) -> None:
     """Leave out most of the climb of the first epochs, which would squeeze what is compared into a line."""
-    accuracies = sorted(float(value) for line in axes.lines for value in line.get_ydata())  # type: ignore[union-attr]
+    accuracies = sorted(float(value) for line in axes.lines for value in np.asarray(line.get_ydata(), dtype=float))
     if accuracies:
         median, best = accuracies[len(accuracies) // 2], accuracies[-1]
         axes.set_ylim(bottom=max(0.0, best - 4 * max(best - median, 0.5)))
@@ -186,7 +187,7 @@ def _draw_trade_off(axes: Axes, study: Study, rows: Rows, place: Callable[[Metho
     _legend(axes, "best")
 
 
-def _legend(axes: Axes, place: str) -> None:
+def _legend(axes: Axes, place: Literal["best", "lower right"]) -> None:
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc=place, ncols=1 if len(axes.get_legend_handles_labels()[0]) <= SERIES else 2)
 

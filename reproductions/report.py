@@ -58,8 +58,12 @@ def write(study: Study, path: Path) -> None:
 
 def write_comparison(left: Study, right: Study, path: Path) -> None:
     """Write two studies side by side."""
-    text = _template("compare.html").render(
-        left=left, right=right, claims=comparison.claims(left, right), methods=comparison.methods(left, right)
+    text = _rendered(
+        "compare.html",
+        left=left,
+        right=right,
+        claims=comparison.claims(left, right),
+        methods=comparison.methods(left, right),
     )
     write_atomic(path, text)
 
@@ -75,7 +79,8 @@ def render(study: Study, pages: Mapping[str, str] | None = None) -> str:
         Where the page of a run lies, by its label.
     """
     claims, evidence = check(study), stored_verdicts(study)
-    return _template("report.html").render(
+    return _rendered(
+        "report.html",
         study=study,
         preset=study.preset,
         claims=with_evidence(claims, evidence),
@@ -94,10 +99,10 @@ def render(study: Study, pages: Mapping[str, str] | None = None) -> str:
 def render_run(study: Study, run: Run, report: str) -> str:
     """Return the page of a run, which leads back to the report."""
     drawings = {"accuracy": plots.run_accuracy(run), "layers": plots.run_layers(run)}
-    return _template("run.html").render(study=study, run=run, report=report, **drawings)
+    return _rendered("run.html", study=study, run=run, report=report, **drawings)
 
 
-def _template(name: str) -> jinja2.Template:
+def _rendered(template: str, **values: object) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(paths.TEMPLATES),
         autoescape=True,
@@ -119,7 +124,8 @@ def _template(name: str) -> jinja2.Template:
         "accuracy_tolerance": matching.ACCURACY_TOLERANCE,
         "few": wording.FEW,
     }
-    return environment.get_template(name)
+    text: str = environment.get_template(template).render(**values)
+    return text
 
 
 @cache

@@ -29,8 +29,8 @@ def console() -> Console:
 def show(study: Study, output: Console) -> None:
     """Print the tables of a study."""
     output.print(methods_table(study, summarize(study)))
-    for rows in study.preset.groups.values():
-        if found := matching.matches(study, rows):
+    for methods in study.preset.groups.values():
+        if found := matching.matches(study, methods):
             output.print(matches_table(found))
     measured_pools = retained.rows(retained.read(study.directory))
     if measured_pools:

@@ -13,7 +13,7 @@ from reproductions.store import Run
 from reproductions.summary import StoredRow
 
 MISSING = "-"
-Table = tuple[str, Sequence[str], list[Sequence[str]]]
+Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]
 """Title, head, rows."""
 FEW = 3
 """Verdicts of stored evidence that are shown one by one; more are counted."""

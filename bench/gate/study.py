@@ -74,8 +74,12 @@ class Resampled:
     def __call__(self, items: Sequence[Item]) -> Session:
         """Return a stored session, drawn at random, of these items."""
         self.seconds += START_SECONDS + ITEM_SECONDS * len(items)
-        drawn = self._sessions[self._random.integers(len(self._sessions))]
+        drawn = self._sessions[int(self._random.integers(len(self._sessions)))]
         return {item.name: drawn[item.name] for item in items}
+
+    def clock(self) -> float:
+        """Return how many seconds the sessions so far would have taken."""
+        return self.seconds
 
 
 def full_sessions(runs: Iterable[Mapping[str, Any]], names: Iterable[str]) -> list[Session]:
@@ -93,7 +97,7 @@ def false_alarms(sessions: Sequence[Session], gates: int, seconds: float) -> tup
     failed, times = 0, []
     for seed in range(gates):
         machine = Resampled(sessions, seed)
-        verdicts, _ = decide(items, machine, seconds, clock=lambda machine=machine: machine.seconds)
+        verdicts, _ = decide(items, machine, seconds, clock=machine.clock)
         failed += any(verdict.state != "not slower" for verdict in verdicts.values())
         times.append(machine.seconds)
     return Rate(failed, gates), times

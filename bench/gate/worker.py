@@ -41,7 +41,7 @@ class Worker:
         found.setup(*parameters)
         run = getattr(found, method)
         self._run = lambda: run(*parameters)
-        start, durations = time.perf_counter(), []
+        start, durations = time.perf_counter(), list[float]()
         while len(durations) < 2 or time.perf_counter() - start < WARM_UP_SECONDS:
             durations.append(_milliseconds(self._run, 1))
         return sorted(durations)[len(durations) // 2]

@@ -40,7 +40,8 @@ class Case:
     """
 
     def __init__(self, workload: Workload) -> None:
-        self._backend, self._contender = need_backend("cpu"), need("clicktrain.timing:Contender")
+        self._backend = need_backend("cpu")
+        self._contender: type[Contender] = need("clicktrain.timing:Contender")
         self.workload, self.shape = workload, workload.shape
         self.assignment = workload.assignment()
         self.x, self.dy, weight = workload.operands()
@@ -84,7 +85,7 @@ class Case:
         if function == "forward" and self.workload.batch < backend.LANES:
             return self._strips()
 
-        def unpacked(y: object) -> Tensor:
+        def unpacked(y: object) -> object:
             return backend.unpack(cast(Tensor, y), self.workload.batch)
 
         if function == "forward":

@@ -13,6 +13,7 @@ import torch
 
 from .cases import FUNCTIONS, Case, Figures, figures
 from .optional import need, need_backend
+from .units import unit
 from .workloads import LAYERS, MEASURED, Workload
 
 
@@ -54,20 +55,17 @@ class Reached:
             raise NotImplementedError(found)
         self._found = found
 
+    @unit("times the best dense layout")
     def track_speedup(self, measured: object, workload: str, function: str) -> float:
         return self._found.speedup
 
-    track_speedup.unit = "times the best dense layout"
-
+    @unit("GFLOP/s of kept weights")
     def track_effective_gflops(self, measured: object, workload: str, function: str) -> float:
         return self._found.gflops
 
-    track_effective_gflops.unit = "GFLOP/s of kept weights"
-
+    @unit("of the multiply-add peak")
     def track_share_of_peak(self, measured: object, workload: str, function: str) -> float:
         return self._found.share_of_peak
-
-    track_share_of_peak.unit = "of the multiply-add peak"
 
 
 class Ceilings:
@@ -85,15 +83,13 @@ class Ceilings:
         if measured is None:
             raise NotImplementedError("this commit measures no ceilings")
 
+    @unit("GFLOP/s")
     def track_gflops(self, measured: Any) -> float:
-        return measured.gflops
+        return float(measured.gflops)
 
-    track_gflops.unit = "GFLOP/s"
-
+    @unit("GB/s")
     def track_gigabytes_per_second(self, measured: Any) -> float:
-        return measured.gigabytes_per_second
-
-    track_gigabytes_per_second.unit = "GB/s"
+        return float(measured.gigabytes_per_second)
 
 
 class Packing:
@@ -139,6 +135,7 @@ class Compiling:
 
     version = "1"
 
+    @unit("s")
     def track_compile_seconds(self) -> float:
         build = layer_builder()
         with tempfile.TemporaryDirectory() as cache:
@@ -146,8 +143,6 @@ class Compiling:
             start = time.perf_counter()
             build(Workload(LAYERS["vgg13.128x16"], 32, 8.1), 0)
             return time.perf_counter() - start
-
-    track_compile_seconds.unit = "s"
 
 
 class Importing:

@@ -9,6 +9,7 @@ import torch
 from .cases import DENSE
 from .networks import Setting, Step
 from .optional import need, need_backend
+from .units import unit
 
 
 class Inference:
@@ -57,18 +58,17 @@ class Speedup:
 
     version = "1"
 
+    @unit("times the best dense layout")
     def track_step_speedup(self) -> float:
         compare, setting = need("clicktrain.timing:compare"), Training.setting
         need_backend("cpu")
         x, y = setting.images(0)
         steps = {}
         for name, layout in DENSE.items():
-            step = Step(setting.model()[0].to(memory_format=layout))
+            step = Step(setting.model()[0].to(memory_format=layout))  # type: ignore[call-overload]
             steps[name] = partial(step, x.contiguous(memory_format=layout), y)
         times = compare({**steps, "sparse": partial(Step(setting.sparse("cpu")), x, y)}, None, rounds=9)
         return float(times.speedup(times.best(*DENSE), "sparse"))
-
-    track_step_speedup.unit = "times the best dense layout"
 
 
 class Selecting:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .optional import need
+from .units import unit
 
 TARGET, EPOCHS, WIDTH = 6.0, 6, 0.25
 TRAINING = {"batch_size": 50, "optimizer": "adam", "lr": 2e-3, "augment": "none"}
@@ -72,28 +73,23 @@ class EndToEnd:
             raise NotImplementedError(result)
         self._result = result
 
+    @unit("s")
     def track_wall_seconds(self, results: object, method: str) -> float:
-        return self._result["wall_seconds"]
+        return float(self._result["wall_seconds"])
 
-    track_wall_seconds.unit = "s"
-
+    @unit("percent of dense training")
     def track_training_flops_saved(self, results: object, method: str) -> float:
-        return self._result["training_flops"]["saved_percent"]
+        return float(self._result["training_flops"]["saved_percent"])
 
-    track_training_flops_saved.unit = "percent of dense training"
-
+    @unit("weights / kept weights")
     def track_compression(self, results: object, method: str) -> float:
-        return self._result["compression"]["paper"]
+        return float(self._result["compression"]["paper"])
 
-    track_compression.unit = "weights / kept weights"
-
+    @unit("percent")
     def track_inference_macs_saved(self, results: object, method: str) -> float:
         macs = self._result["inference_macs"]
-        return 100 * (1 - macs["sparse"] / macs["dense"])
+        return float(100 * (1 - macs["sparse"] / macs["dense"]))
 
-    track_inference_macs_saved.unit = "percent"
-
+    @unit("percent of test images")
     def track_accuracy(self, results: object, method: str) -> float:
-        return self._result["accuracy"]["last"]
-
-    track_accuracy.unit = "percent of test images"
+        return float(self._result["accuracy"]["last"])
