@@ -115,6 +115,11 @@ class Run:
         return tuple(str(self.provenance.get(fact)) for fact in ("platform", "cpu", "gpu", "threads"))
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU trained it."""
+        return self.provenance["gpu"] is not None
+
+    @property
     def exclusive(self) -> bool:
         """Whether all processes that trained its epochs were said to have the machine to themselves."""
         declared = [segment["concurrency"]["declared"] for segment in self.segments]
@@ -134,8 +139,14 @@ class Study:
         return [run for run in self.runs if run.spec.method == method]
 
     def sample(self, method: str, figure: str) -> dict[int, float]:
-        """Return a figure of a method by seed, of the runs that know it."""
-        found = {run.spec.seed: getattr(run.figures, figure) for run in self.of(method)}
+        """Return a figure of a method by seed, of the runs that know it.
+
+        Memory is that of runs on the same kind of device as the study's first run: CPU and GPU count it otherwise.
+        """
+        runs = self.of(method)
+        if figure == "peak_memory":
+            runs = [run for run in runs if run.on_gpu == self.runs[0].on_gpu]
+        found = {run.spec.seed: getattr(run.figures, figure) for run in runs}
         return {seed: value for seed, value in found.items() if not math.isnan(value)}
 
     def sample_beside(self, method: str, reference: str, figure: str) -> dict[int, float]:

@@ -19,6 +19,15 @@ def test_a_study_is_read_by_method_and_seed(tmp_path: Path) -> None:
     assert [record["stage"] for record in study.of("PAT")[0].epochs] == ["dense", "finetune"]
 
 
+def test_memory_of_a_gpu_is_not_mixed_with_that_of_a_cpu(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "toy")
+    run = study.of("ClickTrain")[1]
+    run.directory.provenance.write_text(json.dumps(run.provenance | {"gpu": {"model": "Some GPU"}}))
+    study = load_study(study.directory)
+    assert study.sample("ClickTrain", "peak_memory") == {0: 500.0, 2: 500.0}
+    assert list(study.sample("ClickTrain", "accuracy")) == [0, 1, 2]
+
+
 def test_unfinished_runs_are_left_out(tmp_path: Path) -> None:
     study = make_study(tmp_path / "toy", skip=("PAT/1",))
     assert list(study.sample("PAT", "accuracy")) == [0, 2]
