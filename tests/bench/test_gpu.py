@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,6 +31,34 @@ from tests.kernels.cuda.configurations import CONFIGURATIONS
 from tests.kernels.cuda.host import HostLauncher, on_host
 
 ROOT = Path(__file__).parents[2]
+
+
+ALONE = """
+import importlib, pkgutil, sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in MISSING:
+            raise ImportError(f"{name} is not there")
+
+sys.meta_path.insert(0, Missing())
+import bench.gpu
+for module in pkgutil.iter_modules(bench.gpu.__path__):
+    importlib.import_module(f"bench.gpu.{module.name}")
+from bench.gpu.training import train
+print(train("sparse", 0, 3, None, "cpu", train_limit=130, width=0.0625).epochs)
+"""
+"""Imports all of `bench.gpu` and trains with it, where packages are missing."""
+
+
+def test_needs_no_package_beside_torch_cupy_and_numpy():
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    missing = {re.match(r"[\w-]+", name)[0] for name in wanted} - {"numpy", "torch"} | {"PIL"}
+    assert missing >= {"pydantic", "safetensors", "typer"}
+    command = [sys.executable, "-c", f"MISSING = {missing!r}\n{ALONE}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "3"
 
 
 @pytest.mark.skipif(launch.available() is True, reason="this machine has a GPU")
