@@ -141,11 +141,14 @@ class Study:
     def sample(self, method: str, figure: str) -> dict[int, float]:
         """Return a figure of a method by seed, of the runs that know it.
 
-        Memory is that of runs on the same kind of device as the study's first run: CPU and GPU count it otherwise.
+        Time and memory are those of runs on the same kind of device as the study's first run: a mean over CPUs and
+        GPUs would say nothing of either. Times are those of runs that had the machine to themselves, if there are any.
         """
         runs = self.of(method)
-        if figure == "peak_memory":
+        if figure in ("seconds", "peak_memory"):
             runs = [run for run in runs if run.on_gpu == self.runs[0].on_gpu]
+        if figure == "seconds":
+            runs = [run for run in runs if run.exclusive] or runs
         found = {run.spec.seed: getattr(run.figures, figure) for run in runs}
         return {seed: value for seed, value in found.items() if not math.isnan(value)}
 

@@ -20,7 +20,7 @@ END = "<!-- results: end -->"
 
 _METHODS = (
     "method", "runs", "accuracy, %", "less dense, points", "compression", "inference FLOPs saved, %",
-    "training FLOPs saved, %", "time / dense", "peak memory, MB",
+    "training FLOPs saved, %", "training, s", "time / dense", "peak memory, MB",
 )  # fmt: skip
 _MATCHES = ("rival", "time / dense", "quickest as good", "accuracy, points", "times faster")
 
@@ -154,7 +154,7 @@ def methods_table(study: Study) -> str:
     """Return what each method of a study reached."""
     title = f"{study.preset.title}: {study.preset.data_label}, mean and standard deviation over seeds."
     if not _is_exclusive(study):
-        title += " Other work ran beside some of the runs: times say little."
+        title += " Other work ran beside some of the runs: times are of the others, or say little where there are none."
     head: Sequence[str] = _METHODS
     found = [summary for summary in summarize(study) if summary.n]
     rows = [_method_row(summary) for summary in found]
@@ -174,6 +174,7 @@ def _method_row(summary: MethodSummary) -> Sequence[str]:
         spread(figures.get("compression"), 2, "x"),
         spread(figures.get("inference_flops_saved"), 1),
         spread(summary.training_flops_saved, 1),
+        spread(figures.get("seconds"), 1),
         interval(summary.time_ratio, 2, "x"),
         spread(figures.get("peak_memory"), 0),
     )

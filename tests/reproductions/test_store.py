@@ -6,7 +6,7 @@ import pytest
 
 from clicktrain.errors import ConfigError, DataError
 from reproductions.paths import StudyDirectory
-from reproductions.store import State, is_locked, load_study, state
+from reproductions.store import Run, State, is_locked, load_study, state
 from tests.helpers.studies import make_study
 
 
@@ -19,13 +19,31 @@ def test_a_study_is_read_by_method_and_seed(tmp_path: Path) -> None:
     assert [record["stage"] for record in study.of("PAT")[0].epochs] == ["dense", "finetune"]
 
 
-def test_memory_of_a_gpu_is_not_mixed_with_that_of_a_cpu(tmp_path: Path) -> None:
+def test_memory_and_time_of_a_gpu_are_not_mixed_with_those_of_a_cpu(tmp_path: Path) -> None:
     study = make_study(tmp_path / "toy")
     run = study.of("ClickTrain")[1]
     run.directory.provenance.write_text(json.dumps(run.provenance | {"gpu": {"model": "Some GPU"}}))
     study = load_study(study.directory)
     assert study.sample("ClickTrain", "peak_memory") == {0: 500.0, 2: 500.0}
+    assert list(study.sample("ClickTrain", "seconds")) == [0, 2]
     assert list(study.sample("ClickTrain", "accuracy")) == [0, 1, 2]
+
+
+def test_times_are_of_runs_that_had_the_machine_to_themselves_if_there_are_any(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "toy")
+    share(study.of("ClickTrain")[1])
+    for run in study.of("PAT"):
+        share(run)
+    study = load_study(study.directory)
+    assert list(study.sample("ClickTrain", "seconds")) == [0, 2]
+    assert list(study.sample("ClickTrain", "accuracy")) == [0, 1, 2]
+    assert list(study.sample("PAT", "seconds")) == [0, 1, 2]
+
+
+def share(run: Run) -> None:
+    """Let other work have run beside a run."""
+    beside = {"concurrency": run.provenance["concurrency"] | {"declared": 1}}
+    run.directory.provenance.write_text(json.dumps(run.provenance | beside))
 
 
 def test_unfinished_runs_are_left_out(tmp_path: Path) -> None:
