@@ -9,10 +9,11 @@ from clicktrain.kernels.cpu.layer import Layer
 from clicktrain.kernels.cuda import codegen, gradient_tiling, layout, tiling, tuning, window_text
 from clicktrain.kernels.cuda.arrays import on_device
 from clicktrain.kernels.cuda.codegen import Dtype, GradientSpec
+from clicktrain.kernels.cuda.finish import add_up
 from clicktrain.kernels.cuda.launch import Launcher
 from clicktrain.kernels.cuda.region import LANES, groups
 from clicktrain.kernels.cuda.tuning import AnyGradientSpec
-from clicktrain.kernels.cuda.window import WindowGradient, add_up
+from clicktrain.kernels.cuda.window import WindowGradient
 from clicktrain.kernels.cuda.window_text import WindowSpec
 
 

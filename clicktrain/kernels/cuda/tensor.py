@@ -18,6 +18,7 @@ from clicktrain.kernels.cuda import tensor_tuning as tuning
 from clicktrain.kernels.cuda.arrays import on_device
 from clicktrain.kernels.cuda.codegen import Dtype
 from clicktrain.kernels.cuda.epilogue import Epilogue
+from clicktrain.kernels.cuda.finish import add_up
 from clicktrain.kernels.cuda.launch import Launcher
 from clicktrain.kernels.cuda.region import LANES
 from clicktrain.kernels.cuda.tensor_estimate import row_bytes, walks_and_splits
@@ -26,7 +27,6 @@ from clicktrain.kernels.cuda.tensor_text import FILTERS, IMAGES, Function, Tenso
 from clicktrain.kernels.cuda.tiling import Limits
 from clicktrain.kernels.plan import Plan
 
-FINISH_THREADS = 256
 OLDEST = (8, 0)
 """Oldest compute capability that multiplies bfloat16 16 x 16 by 16 x 8."""
 
@@ -194,10 +194,7 @@ class ValuesGradient:
                 *self._rects, self._walks, self._pieces, self._splits, count,
             ),
         )  # fmt: skip
-        self.launcher.launch(
-            self.text, "tensor_finish", _parts(count, LANES), FINISH_THREADS, 4 * FINISH_THREADS,
-            (sums, dvalues, count, shares),
-        )  # fmt: skip
+        add_up(self.launcher, self.text, sums, dvalues, count, shares)
         return dvalues
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from itertools import chain
 from math import ceil
 from typing import Literal
 
@@ -24,10 +25,12 @@ RESIDENT_WARPS = 16
 """Warps of a multiprocessor that have 128 registers each."""
 
 Function = Literal["forward", "grad_input", "grad_values"]
-FILES: dict[Function, str] = {
-    "forward": "tensor_forward.cuh", "grad_input": "tensor_input.cuh", "grad_values": "tensor_values.cuh",
-}  # fmt: skip
-SOURCES = ("platform.cuh", "tensor.cuh", *FILES.values())
+FILES: dict[Function, tuple[str, ...]] = {
+    "forward": ("tensor_forward.cuh",),
+    "grad_input": ("tensor_input.cuh",),
+    "grad_values": ("tensor_values.cuh", "finish.cuh"),
+}
+SOURCES = ("platform.cuh", "tensor.cuh", *chain(*FILES.values()))
 
 
 @dataclass(frozen=True)
@@ -198,7 +201,7 @@ def render(spec: TensorSpec) -> str:
     constants = [f"using Element = {ELEMENTS[spec.dtype]};"]
     constants += [f"constexpr int {name} = {value};" for name, value in _constants(spec).items()]
     tiles = [spec.input.text("Input")] + ([spec.output.text("Output")] if spec.output else [])
-    return "\n".join([*constants, "", _source("tensor.cuh"), *tiles, "", _source(FILES[spec.function])])
+    return "\n".join([*constants, "", _source("tensor.cuh"), *tiles, "", *map(_source, FILES[spec.function])])
 
 
 def unit(spec: TensorSpec) -> str:

@@ -122,21 +122,3 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     }
   }
 }
-
-// Add up what shares and parts found, and round once. A warp adds every eighth of them, for 32 values; one adds the
-// warps' sums.
-extern "C" __global__ void __launch_bounds__(256)
-    tensor_finish(const float* partial, Element* dvalues, int count, int shares) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, i = blockIdx.x * 32 + lane;
-  float* const sums = reinterpret_cast<float*>(shared_memory());
-  float total = 0.0f;
-  if (i < count)
-#pragma unroll 4
-    for (int share = warp; share < shares; share += 8) total += partial[share * count + i];
-  sums[threadIdx.x] = total;
-  __syncthreads();
-  if (warp || i >= count) return;
-#pragma unroll
-  for (int other = 1; other < 8; ++other) total += sums[other * 32 + lane];
-  from_float(total, dvalues[i]);
-}

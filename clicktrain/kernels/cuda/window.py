@@ -8,11 +8,10 @@ from torch import Tensor
 from clicktrain.kernels.cpu.layer import Layer
 from clicktrain.kernels.cuda import window_layout, window_text, window_tiling
 from clicktrain.kernels.cuda.arrays import on_device
+from clicktrain.kernels.cuda.finish import add_up
 from clicktrain.kernels.cuda.launch import Launcher
 from clicktrain.kernels.cuda.region import LANES
 from clicktrain.kernels.cuda.window_text import WindowSpec
-
-FINISH_THREADS = 256
 
 
 class WindowGradient:
@@ -42,26 +41,6 @@ class WindowGradient:
         dvalues = torch.empty(shape, dtype=x.dtype, device=x.device)
         add_up(self.launcher, self.text, partial, dvalues, words, self._splits, self._places, spec.cells)
         return dvalues
-
-
-def add_up(
-    launcher: Launcher, text: str, partial: Tensor, dvalues: Tensor, words: int, splits: int,
-    places: Tensor | None = None, pitch: int = 0,
-) -> None:  # fmt: skip
-    """Launch the kernel of finish.cuh, which is part of the unit.
-
-    Parameters
-    ----------
-    words, splits : int
-        Of each split, and how many there are.
-    places, pitch : Tensor or None, int
-        Where the sums of a kernel lie in a split, times `pitch` words; None: one after another.
-    """
-    count, entries = dvalues.numel(), dvalues.shape[1]
-    launcher.launch(
-        text, "finish", -(-count // LANES), FINISH_THREADS, 4 * FINISH_THREADS,
-        (partial, dvalues, places, count, entries, pitch, words, splits),
-    )  # fmt: skip
 
 
 def _aligned(tensor: Tensor) -> Tensor:

@@ -17,9 +17,11 @@ from clicktrain.kernels.cuda.tensor_geometry import Geometry
 from clicktrain.kernels.cuda.tensor_text import TensorSpec
 from clicktrain.patterns import PRUNED, PatternPool, all_patterns, full_pool, official_pool
 from tests.kernels.cases import Case
+from tests.kernels.cuda.host import SMALL
 
 Pair = tuple[int, int]
 CHOICES = ("forward_spec", "input_spec", "values_spec")
+SQUARES = official_pool(4)
 
 
 class SharedCase(Case):
@@ -192,3 +194,8 @@ BATCH_LAST = {
     "five by five": Configuration(full_pool(5), padding=(2, 2), rect=(1, 1), groups=2, channels=2),
 }
 """The same for images that are batch last; `draw` knows it."""
+USED = CONFIGURATIONS["squares, stride 2"].small(stride=(1, 1), blocks=4, channels=6)
+CASE = SharedCase(SQUARES, 80, 17, 17, (3, 5), (1, 1), (1, 1), 0.6, seed=8)
+"""Several chunks of channels, sets, blocks of filters, groups and shares, cut unevenly, and warps of unequal work."""
+SHARED = replace(SMALL, multiprocessors=16)
+"""Blocks of threads of the forward pass have several views each, some one less than others."""
