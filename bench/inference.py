@@ -2,7 +2,8 @@
 
 The same pruned weights run compiled by `clicktrain.deploy`, dense in torch (channels_last), torch.compile,
 onnxruntime and OpenVINO (extra `peers`). All are timed in the same rounds with the same number of threads, and each
-is checked against torch first. deepsparse needs an environment of its own: `--deepsparse PYTHON` names its
+is checked against torch first. `of peak` counts the multiply-adds of kept weights; Winograd's transform, which tuning
+may choose, does fewer. deepsparse needs an environment of its own: `--deepsparse PYTHON` names its
 interpreter.
 """
 

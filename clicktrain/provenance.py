@@ -58,7 +58,7 @@ def collect(
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "platform": platform.platform(),
-        "cpu": {**_cpu(), "cores": os.cpu_count(), "usable": len(os.sched_getaffinity(0))},
+        "cpu": {**processor(), "cores": os.cpu_count(), "usable": len(os.sched_getaffinity(0))},
         "gpu": _guarded(_gpu),
         "distributed": {"processes": distributed.processes()} if distributed.processes() > 1 else None,
         "threads": {"torch": torch.get_num_threads(), "interop": torch.get_num_interop_threads()},
@@ -107,7 +107,7 @@ def _version(distribution: str) -> str | None:
     return _guarded(lambda: importlib.metadata.version(distribution))
 
 
-def _cpu() -> dict[str, str | None]:
+def processor() -> dict[str, str | None]:
     """Return the processor's name, and its signature: clouds call several generations by one name."""
     facts = _guarded(_cpu_facts) or {}
     numbers = [f"{name} {facts[key]}" for key, name in _SIGNATURE.items() if key in facts]

@@ -75,7 +75,7 @@ def test_processors_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch) 
     found = []
     for number in (1, 17):
         monkeypatch.setattr(provenance.Path, "read_text", lambda _, number=number: text.format(number))
-        found.append(provenance._cpu())
+        found.append(provenance.processor())
     assert found == [
         {"model": "Some CPU", "signature": "family 25, model 1, stepping 1"},
         {"model": "Some CPU", "signature": "family 25, model 17, stepping 1"},

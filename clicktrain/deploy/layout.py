@@ -14,11 +14,13 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from clicktrain.errors import InvalidArgument
 from clicktrain.kernels.cpu.codegen import LANES
 from clicktrain.kernels.cpu.layer import Layer, Pair
 from clicktrain.kernels.cpu.library import Lanes, Strips
-from clicktrain.kernels.cpu.passes import Choice, Prepared, prepare
+from clicktrain.kernels.cpu.passes import Prepared, prepare
 from clicktrain.kernels.cpu.runtime import GRIDS, fills_lanes, image_strips, plane_work, whole_images
+from clicktrain.kernels.cpu.tiles import Choice
 
 IMAGES: Pair = (1, 1)
 """The grid whose lanes are whole images."""
@@ -101,6 +103,8 @@ def layer_on(layer: Layer, forms: Windowed) -> Layer:
 
 def prepare_on(layer: Layer, forms: Windowed, images: int, choice: Choice, packed: bool = False) -> Prepared:
     """Lay out a convolution pass on these forms; `layer` is the whole one. Packed: its weights are gathered before."""
+    if choice.sweep == "winograd" and forms.target.grid != IMAGES:
+        raise InvalidArgument(f"choice {choice}: expected one that reads strips of images")
     made = prepare(layer_on(layer, forms), forms.target.blocks(images), choice, short_chains=True, packed=packed)
     if forms.target.grid != IMAGES and not _stays_inside(layer, forms):
         structure = made.structure

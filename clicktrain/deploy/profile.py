@@ -34,7 +34,8 @@ class LayerTime:
     share : float
         Of the whole time.
     share_of_peak : float or None
-        Multiply-adds of kept weights over those that the machine could do in the same time.
+        Multiply-adds of kept weights over those that the machine could do in the same time; more than 1 where a layer
+        needs fewer of them (padding, Winograd's transform).
     dense_ms : float or None
         Median milliseconds of torch for the convolution with all weights, channels_last; None for the rest.
     """

@@ -18,8 +18,9 @@ from clicktrain.deploy.layout import Form, Windowed
 from clicktrain.deploy.memory import ARENA, INPUT, OUTPUT, Storage, plan_arena
 from clicktrain.kernels import build
 from clicktrain.kernels.cpu.layer import Layer
-from clicktrain.kernels.cpu.library import AdaptivePooling, Linear, Pooling, Step, function
-from clicktrain.kernels.cpu.passes import Choice, Prepared, can_pool
+from clicktrain.kernels.cpu.library import AdaptivePooling, Linear, Pooling, Step
+from clicktrain.kernels.cpu.passes import Prepared, can_pool, gather
+from clicktrain.kernels.cpu.tiles import Choice
 from clicktrain.kernels.cpu.tuning import choice_for, fingerprint, tune_pass
 from clicktrain.kernels.plan import plan
 
@@ -258,9 +259,10 @@ class _Builder:
         node = self.graph.nodes[number]
         layer, forms = self._layer(node), self._windowed(node)
         on_forms, blocks = layout.layer_on(layer, forms), forms.target.blocks(self.images)
-        pooled = self._is_halved(number)
-        choice = (partial(tune_pass, packed=True) if self.tune else choice_for)(on_forms, blocks, pooled)
-        self.choices[fingerprint(on_forms, blocks, pooled)] = choice
+        pooled, transforms = self._is_halved(number), forms.target.grid == layout.IMAGES
+        choose = partial(tune_pass, packed=True) if self.tune else choice_for
+        choice = choose(on_forms, blocks, pooled, transforms=transforms)
+        self.choices[fingerprint(on_forms, blocks, pooled, transforms)] = choice
         return layout.prepare_on(layer, forms, self.images, choice, packed=True)
 
     def _is_halved(self, number: int) -> bool:
@@ -286,15 +288,12 @@ class _Builder:
             self._torch(number, replace(node, tensors=tensors))
             return
         forms, prepared = self._windowed(node), self._convolutions[number]
-        structure = prepared.structure
-        weights = torch.empty(structure.records * structure.record_weights + 1)
-        values = node.tensors["values"].contiguous()
-        function("gather_weights")(prepared.address, values.data_ptr(), weights.data_ptr(), torch.get_num_threads())
         x = self._blocked(node.inputs[0], forms.source)
         residual = self._blocked(node.inputs[1], forms.target) if len(node.inputs) > 1 else None
         y = self._new(number, forms.target)
-        step = NativeStep(Kind.CONVOLVE, number, x, y, residual, node.relu, geometry=structure, prepared=prepared)
-        step.weights, step.bias = weights, node.tensors["bias"].contiguous()
+        step = NativeStep(Kind.CONVOLVE, number, x, y, residual, node.relu, prepared=prepared)
+        step.geometry, step.bias = prepared.structure, node.tensors["bias"].contiguous()
+        step.weights = gather(prepared, node.tensors["values"].contiguous())
         self.steps.append(step)
         self._clear(number, forms.target)
 

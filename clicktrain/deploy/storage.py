@@ -25,7 +25,7 @@ from clicktrain.deploy.graph import TORCH, Graph, Node
 from clicktrain.deploy.validation import OPERATIONS, check
 from clicktrain.errors import ModelFileError
 from clicktrain.files import write_atomic
-from clicktrain.kernels.cpu.passes import Choice
+from clicktrain.kernels.cpu.tiles import Choice
 from clicktrain.kernels.cpu.tuning import export_choices, import_choices
 from clicktrain.patterns import PRUNED
 

@@ -10,7 +10,7 @@ from clicktrain import deploy
 from clicktrain.deploy.program import Kind, NativeStep
 from clicktrain.kernels.cpu import library, tuning
 from clicktrain.kernels.cpu.layer import Layer
-from clicktrain.kernels.cpu.passes import Choice
+from clicktrain.kernels.cpu.tiles import Choice
 from tests.deploy.models import alive, dense, error, prune
 
 pytestmark = pytest.mark.skipif(library.available() is not True, reason=f"{library.available()}")
@@ -115,7 +115,7 @@ def test_what_is_measured_pools_on_the_way(monkeypatch: pytest.MonkeyPatch) -> N
     fastest = tuning._fastest
     asked: list[bool] = []
 
-    def filters_win(layer: Layer, blocks: int, pooled: bool, packed: bool) -> Choice:
+    def filters_win(layer: Layer, blocks: int, pooled: bool, packed: bool, transforms: bool) -> Choice:
         """Let a sweep that cannot pool on the way be the fastest."""
         asked.append(pooled)
         assert packed, "compiled networks read no canonical values"
@@ -123,7 +123,7 @@ def test_what_is_measured_pools_on_the_way(monkeypatch: pytest.MonkeyPatch) -> N
         with monkeypatch.context() as patch:
             patch.setattr(tuning, "candidates", lambda *_: found)
             patch.setattr("time.perf_counter", lambda: 0.0)  # the first one wins
-            return fastest(layer, blocks, pooled, packed)
+            return fastest(layer, blocks, pooled, packed, transforms)
 
     monkeypatch.setattr(tuning, "_fastest", filters_win)
     monkeypatch.setattr(tuning, "_read", lambda _: None)

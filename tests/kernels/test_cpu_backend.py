@@ -7,6 +7,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from clicktrain.errors import InvalidArgument
 from clicktrain.kernels import Plan, plan
-from clicktrain.kernels.cpu import backend, gradients, library, passes, runtime, tuning
+from clicktrain.kernels.cpu import backend, gradients, library, passes, runtime, tiles, tuning
 from clicktrain.kernels.cpu.layer import Layer
 from clicktrain.patterns import PRUNED, PatternPool, all_patterns, full_pool, official_pool
 from tests.kernels.cases import Case, expected, relative_error
@@ -74,7 +76,7 @@ def test_small_images_of_which_no_cache_holds_one() -> None:
 def test_outputs_that_bypass_the_caches_are_the_same(stride: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(SQUARES, 70, 67, 19, (13, 16), stride, (1, 1), 0.3, seed=5)
     stored = run(case)
-    monkeypatch.setattr(passes, "STREAMED_BYTES", 0)
+    monkeypatch.setattr(tiles, "STREAMED_BYTES", 0)
     runtime.forget()
     made = case.plan()
     prepared = runtime.runtime_of(made).forward.structure
@@ -85,7 +87,7 @@ def test_outputs_that_bypass_the_caches_are_the_same(stride: tuple[int, int], mo
         assert torch.equal(streamed[name], tensor), name
 
 
-def convolve(layer: Layer, blocks: int, choice: passes.Choice, xb: Tensor, values: Tensor) -> Tensor:
+def convolve(layer: Layer, blocks: int, choice: tiles.Choice, xb: Tensor, values: Tensor) -> Tensor:
     return run_pass(passes.prepare(layer, blocks, choice), layer, xb, values)
 
 
@@ -102,10 +104,10 @@ def test_the_bits_depend_on_the_channel_block_only(stride: int, direction: Calla
     layer = direction(made)
     source = backend.pack(x if direction == Layer.forward else dy)
     choices = [
-        passes.Choice(sweep, tile, band, 32, group)
+        tiles.Choice(sweep, tile, band, 32, group)
         for sweep, tile, band, group in (
-            ("taps", passes.taps_tile(layer), 1, 1),
-            ("taps", passes.taps_tile(layer), 3, 1),
+            ("taps", tiles.taps_tile(layer), 1, 1),
+            ("taps", tiles.taps_tile(layer), 3, 1),
             ("filters", (1, 2, 4), 2, 4),
             ("filters", (2, 2, 2), 1, 2),
             ("filters", (1, 4, 2), 9, 3),
@@ -132,10 +134,10 @@ def test_channel_by_channel_gives_the_bits_of_one_channel_to_a_block(
     made, x, values, dy = Case(SQUARES, filters, 70, 19, (9, 10), (stride,) * 2, (1, 1), 0.3, seed=1).operands()
     layer = direction(made)
     source = backend.pack(x if direction == Layer.forward else dy)
-    want = convolve(layer, 3, passes.Choice("taps", passes.taps_tile(layer), 1, 1, 1), source, values)
+    want = convolve(layer, 3, tiles.Choice("taps", tiles.taps_tile(layer), 1, 1, 1), source, values)
     for tile, channel_block in (((1, 2, 2), 64), ((1, 2, 4), 16), ((1, 4, 2), 255), ((1, 4, 6), 1)):
         for sweep in ("channels", "channel_pairs"):
-            choice = passes.Choice(sweep, tile, 1, channel_block, 4)
+            choice = tiles.Choice(sweep, tile, 1, channel_block, 4)
             if sweep == "channel_pairs" and (
                 max(layer.spread) > 1 or tile[2] % 2 or library.instruction_set() != "avx512"
             ):
@@ -154,7 +156,7 @@ def test_weights_read_from_the_values_give_the_bits_of_gathered_ones(
     made, x, values, dy = Case(pool, 45, 30, 8, (3, 4), (stride,) * 2, (1, 1), 0.4, seed=7).operands()
     layer = direction(made)
     source, name = (x, "forward") if direction == Layer.forward else (dy, "grad_input")
-    choice = passes.Choice("channels", (1, 3, 4), 1, channel_block, len(pool))
+    choice = tiles.Choice("channels", (1, 3, 4), 1, channel_block, len(pool))
     from_values, gathered = (passes.prepare(layer, 1, choice, packed=packed) for packed in (False, True))
     assert (from_values.structure.reads_values, gathered.structure.reads_values) == (1, 0)
     got = run_pass(from_values, layer, backend.pack(source), values)
@@ -168,7 +170,7 @@ def test_weights_read_from_the_values_give_the_bits_of_gathered_ones(
 )
 def test_few_tiles_read_the_values(tile: tuple[int, int, int], size: tuple[int, int], reads_values: bool) -> None:
     layer = Layer.forward(Case(SQUARES, 8, 8, 8, size, (1, 1), (1, 1), 0.5, seed=8).plan())
-    prepared = passes.prepare(layer, 1, passes.Choice("channels", tile, 1, 8, 4))
+    prepared = passes.prepare(layer, 1, tiles.Choice("channels", tile, 1, 8, 4))
     assert prepared.structure.reads_values == reads_values
 
 
@@ -260,7 +262,7 @@ def test_tuned_choices_survive_a_checkpoint() -> None:
     layer = Layer.forward(made)
     assert tuning.choice_for(layer, 2) == chosen["forward"]
 
-    other = passes.Choice("taps", passes.taps_tile(layer), 1, 8, 1)
+    other = tiles.Choice("taps", tiles.taps_tile(layer), 1, 8, 1)
     tuning.import_choices({tuning.fingerprint(layer, 2): asdict(other)})
     runtime.forget()
     assert not torch.equal(backend.forward_blocked(xb, values, made), y)  # another order of sums
@@ -268,6 +270,16 @@ def test_tuned_choices_survive_a_checkpoint() -> None:
     runtime.forget()
     assert torch.equal(backend.forward_blocked(xb, values, made), y)
     assert runtime.tune([made]) == [chosen]  # from disk
+
+
+def test_a_processor_does_not_take_what_was_measured_on_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Case(SQUARES, 16, 24, 9, (4, 4), (1, 1), (1, 1), 0.3, seed=2).operands()[0]
+    fastest = Mock(wraps=tuning._fastest)
+    monkeypatch.setattr(tuning, "_fastest", fastest)
+    for model, measured in (("some", 2), ("some", 2), ("other", 4)):  # they share a home directory
+        monkeypatch.setattr(tuning, "processor", partial(dict, model=model, signature=None))
+        runtime.tune([made])
+        assert fastest.call_count == measured
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from clicktrain.kernels.cpu import backend, codegen, library, memory, passes, tuning
 from clicktrain.kernels.cpu.layer import Layer
-from clicktrain.kernels.cpu.passes import Choice, prepare
+from clicktrain.kernels.cpu.passes import prepare
+from clicktrain.kernels.cpu.tiles import Choice
 from clicktrain.patterns import PatternPool, all_patterns, full_pool, official_pool
 from tests.kernels.cases import Case, cases, expected, relative_error
 

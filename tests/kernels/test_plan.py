@@ -10,7 +10,7 @@ import torch
 
 from clicktrain.errors import InvalidArgument
 from clicktrain.kernels import plan
-from clicktrain.kernels.cpu import passes, sweeps
+from clicktrain.kernels.cpu import passes, sweeps, tiles
 from clicktrain.kernels.cpu.codegen import SweepSpec, TileShape
 from clicktrain.kernels.cpu.layer import Layer
 from clicktrain.kernels.cpu.reorder import reorder
@@ -93,7 +93,7 @@ def test_the_transposed_layer_turns_patterns_and_swaps_channels() -> None:
 
 @pytest.mark.parametrize(("size", "tile", "spread"), [(32, 5, 1), (7, 2, 1), (9, 4, 2), (1, 8, 1), (13, 6, 3)])
 def test_tiles_cover_an_axis_once_and_evenly(size: int, tile: int, spread: int) -> None:
-    parts = passes.cuts(size, tile, spread)
+    parts = tiles.cuts(size, tile, spread)
     assert [start for start, _ in parts] == [sum(length for _, length in parts[:i]) for i in range(len(parts))]
     assert sum(length for _, length in parts) == size
     assert all(1 <= length <= tile for _, length in parts)
@@ -143,7 +143,7 @@ def test_a_network_is_planned_and_laid_out_in_milliseconds() -> None:
     shapes = [(64, 64, 32), (128, 64, 16), (128, 128, 16), (256, 128, 8), (256, 256, 8), (512, 256, 4), (512, 512, 4)]
     cases = [Case(SQUARES, f, c, 32, (s, s), (1, 1), (1, 1), 0.25, seed=f + c + s) for f, c, s in shapes]
     plans = [case.plan() for case in cases]
-    choice = passes.Choice("taps", (1, 2, 4), 1, 64, 1)
+    choice = tiles.Choice("taps", (1, 2, 4), 1, 64, 1)
     start = time.perf_counter()
     for made in plans:
         passes.prepare(Layer.forward(made), 4, choice)

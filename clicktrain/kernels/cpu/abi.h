@@ -80,6 +80,12 @@ struct Pass {
   int32_t strip_h, strip_w;        // pixels of a strip of x
   int32_t before_h, before_w;      // rows and columns of a wide strip that come before those of x
   const int32_t* neighbours;       // [-grid_h .. grid_h][-grid_w .. grid_w][8] the lane so many strips away; 8: none
+  // Of passes by Winograd's transform (winograd.h), which have no sweeps. There a record is a kernel, its weights are
+  // those at 36 points, offsets are channels of a block, `part` is a multiple of four, runs are [channel_blocks]
+  // [filters / 4][15 sets of filters], and starts are [channel_blocks][filters / 4][2]: first channel, first record.
+  int32_t entries;                 // of a kernel
+  const float* transforms;         // [patterns][entries][36]; null: a pass of sweeps
+  const uint8_t* patterns;         // [records]
 };
 
 // What follows a convolution: y = relu(sums + bias + residual), each part of it optional.

@@ -22,7 +22,7 @@ that occur would be minutes of compiling at installation and megabytes of code.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeGuard, get_args
 
 LANES = 8
 TARGETS = {
@@ -125,6 +125,11 @@ class SweepSpec:
                 return None
             place.append(window)
         return (place[0], place[1])
+
+
+def is_sweep(name: str) -> TypeGuard[Sweep]:
+    """Tell whether a compute kernel is written here, rather than one for all patterns."""
+    return name in get_args(Sweep)
 
 
 def goes_by_channel(sweep: str) -> bool:

@@ -11,6 +11,7 @@
 
 #include "lanes.h"
 #include "wide_strips.h"
+#include "winograd.h"
 
 namespace CLICKTRAIN_ISA {
 
@@ -298,6 +299,7 @@ void gather_weights(const Pass& p, const float* values, float* weights, int thre
 }
 
 inline void gather_weights(const Pass& p, const float* values, float* weights, int threads) {
+  if (p.transforms) return transform_weights(p, values, weights, threads);
   if (p.record_weights == 1) return gather_weights<1, false>(p, values, weights, threads);
   if (p.record_weights == 4)
     return p.reversed ? gather_weights<4, true>(p, values, weights, threads)
@@ -309,6 +311,7 @@ inline void gather_weights(const Pass& p, const float* values, float* weights, i
 // With weights as the sweeps read them.
 inline void convolve_with(
     const Pass& p, const float* x, const float* weights, const Epilogue& epilogue, float* y, int threads) {
+  if (p.transforms) return convolve_transformed(p, x, weights, epilogue, y, threads);
   const Tiles tiles(p);
   const int parts = (p.filters + p.part - 1) / p.part;
   clicktrain::Shares shares(tiles.bands() * parts, threads);

@@ -6,11 +6,11 @@ from collections import Counter
 from dataclasses import replace
 from itertools import product
 
-from clicktrain.kernels.cpu import codegen
+from clicktrain.kernels.cpu import codegen, winograd
 from clicktrain.kernels.cpu.codegen import LANES, Register
 from clicktrain.kernels.cpu.layer import Layer
 from clicktrain.kernels.cpu.library import cache_bytes, instruction_set, wide_registers
-from clicktrain.kernels.cpu.passes import Choice, cuts, filters_at_once, streams, taps_tile
+from clicktrain.kernels.cpu.tiles import Choice, cuts, filters_at_once, streams, taps_tile
 
 CHANNEL_BLOCK = {"avx512": 128, "avx2": 64, "portable": 64}
 POINTWISE_CHANNEL_BLOCK = 128
@@ -69,8 +69,12 @@ def estimate(layer: Layer, blocks: int, pooled: bool = False) -> Choice:
     return _by_filter(layer, blocks)[0]
 
 
-def candidates(layer: Layer, blocks: int, pooled: bool = False) -> list[Choice]:
-    """Return the ways to cut up a pass that are worth measuring, the estimate first."""
+def candidates(layer: Layer, blocks: int, pooled: bool = False, transforms: bool = False) -> list[Choice]:
+    """Return the ways to cut up a pass that are worth measuring, the estimate first.
+
+    Winograd's transform is among them only where that is asked for: it makes rounding errors larger, spreads NaN, and
+    pays where weights are transformed once and for all.
+    """
     first = estimate(layer, blocks, pooled)
     found = [first]
     if first.sweep != "taps":
@@ -81,6 +85,8 @@ def candidates(layer: Layer, blocks: int, pooled: bool = False) -> list[Choice]:
         found.append(Choice("taps", tile, _band(layer, tile), _channel_block(layer), group=1))
     if not codegen.goes_by_channel(first.sweep):  # those copy no window block by block
         found += [replace(first, channel_block=c) for c in (32, 128) if c < layer.channels]
+    if transforms and winograd.applies(layer):
+        found.append(winograd.choice(layer))
     return list(dict.fromkeys(found))
 
 

@@ -33,6 +33,9 @@ class Pass(ctypes.Structure):
         *((name, _pointer) for name in ("order", "starts", "runs", "offsets", "gather", "sweeps")),
         *((name, _i32) for name in ("grid_h", "grid_w", "strip_h", "strip_w", "before_h", "before_w")),
         ("neighbours", _pointer),
+        ("entries", _i32),
+        ("transforms", _pointer),
+        ("patterns", _pointer),
     )  # fmt: skip
 
 

@@ -5,70 +5,43 @@ from __future__ import annotations
 import ctypes
 import logging
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
-from itertools import pairwise, product
-from typing import Any, Literal
+from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from clicktrain.errors import BackendUnavailable
+from clicktrain.errors import BackendUnavailable, InvalidArgument
 from clicktrain.kernels import build
-from clicktrain.kernels.cpu import codegen, sweeps
+from clicktrain.kernels.cpu import codegen, sweeps, winograd
 from clicktrain.kernels.cpu.channel_sweeps import RECORDS_AHEAD
 from clicktrain.kernels.cpu.codegen import LANES, SweepSpec, TileShape
 from clicktrain.kernels.cpu.layer import Layer, Pair, stable_order
-from clicktrain.kernels.cpu.library import Pass, cache_bytes, instruction_set, sweep_taps
+from clicktrain.kernels.cpu.library import Pass, function, instruction_set, sweep_taps
 from clicktrain.kernels.cpu.reorder import reorder
+from clicktrain.kernels.cpu.tiles import (
+    Choice,
+    Window,
+    cuts,
+    filters_at_once,
+    streams,
+    taps_tile,
+    tile_count,
+    tile_shapes,
+)
 
 ITEMS_PER_THREAD, FILTERS_PER_PART = 4, 16
 CHAINS = 8  # multiply-adds under way at once: two units, four cycles each
-MIN_PART = 16
-"""The fewest filters of a part in sweeps by channel."""
 MOST_TILES, PIXELS_PER_TILE = 4, 2
 """Tiles up to which sweeps by channel read the canonical values, and pixels that a tile needs for each of them: reading
 costs a tile as much time whatever its size. On a family 25, model 17 EPYC, batches of 1 to 32 at 2.25x to 8.1x: 1.1 to
 1.5x with one tile of 2 x 4 or 4 x 4 pixels, 1.06 to 1.2x with two, 1.0 to 1.14x with four, 0.95 to 1.06x with eight;
 with tiles of 2 x 2 pixels 1.08 to 1.2x with two, 0.93 to 1.1x with four."""
-MOST_CHANNELS = 65535
-"""In a window, since runs are counted in 16 bits."""
-STREAMED_BYTES = 2 << 20
-"""Outputs from this size on bypass the caches: they would push out the windows, and each of their lines would be
-read from memory before it is written."""
-
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """How a pass is cut up.
-
-    The order of sums, hence the last bits, depends on `channel_block` alone, and with sweeps by channel on nothing:
-    they add channel after channel.
-
-    Attributes
-    ----------
-    sweep : {"filters", "filter_pairs", "filter_blocks", "channels", "channel_pairs", "taps"}
-        The compute kernel: specialised for the pool, filter by filter or channel by channel, on single pixels or pairs
-        of them, along a row or of two blocks; or generic.
-    tile : (int, int, int)
-        Blocks, rows and columns of output pixels that are computed at once; one block in sweeps by channel, two in
-        "filter_blocks".
-    band : int
-        Tiles along the columns that share a window; one in sweeps by channel.
-    channel_block : int
-        Input channels in a window, at most `MOST_CHANNELS`.
-    group : int
-        Patterns that a sweep by filters does at once.
-    """
-
-    sweep: codegen.Sweep | Literal["taps"]
-    tile: tuple[int, int, int]
-    band: int
-    channel_block: int
-    group: int
 
 
 class Prepared:
@@ -87,60 +60,6 @@ class Prepared:
         setattr(self.structure, name, array.ctypes.data)
 
 
-@dataclass(frozen=True)
-class Window:
-    """The input pixels that one tile reads.
-
-    Attributes
-    ----------
-    start : (int, int)
-        Input pixel where the window of the first tile starts; negative: in the padding.
-    size : (int, int)
-        Rows and columns.
-    pitch : int
-        Pixels from one row to the next in memory.
-    origin : (int, int)
-        Output pixel r of a tile and tap k meet in window pixel (r * stride + k + origin) / spread.
-    """
-
-    start: Pair
-    size: Pair
-    pitch: int
-    origin: Pair
-
-    @classmethod
-    def of(cls, layer: Layer, choice: Choice) -> Window:
-        """Return the window of a tile; where one tile spans the output, specialised sweeps need no padding."""
-        axes = []
-        for axis, tile in enumerate((choice.tile[1], _band_width(layer, choice))):
-            padding, spread = layer.padding[axis], layer.spread[axis]
-            start = -(padding // spread)
-            last = ((tile - 1) * layer.stride[axis] + layer.kernel_size - 1 - padding) // spread
-            if choice.sweep != "taps" and tile >= layer.out_size[axis]:
-                start, last = max(start, 0), min(last, layer.in_size[axis] - 1)
-            axes.append((start, max(1, last - start + 1), -padding - start * spread))
-        (start_h, size_h, origin_h), (start_w, size_w, origin_w) = axes
-        pitch = _pitch(size_h * choice.tile[0], size_w, choice.channel_block)
-        return cls((start_h, start_w), (size_h, size_w), pitch, (origin_h, origin_w))
-
-    @property
-    def pixels(self) -> int:
-        """Places in memory of one channel of one block."""
-        return self.size[0] * self.pitch
-
-
-@cache
-def _pitch(rows: int, columns: int, channels: int) -> int:
-    """Return a distance of rows that spreads the start of all rows well over the sets of the first-level cache."""
-    sets, pixels_per_line = 64, 2
-
-    def crowding(pitch: int) -> int:
-        lines = np.arange(rows * channels) * pitch // pixels_per_line
-        return int(np.bincount(lines % sets).max())
-
-    return min(range(columns, columns + 5), key=lambda pitch: (crowding(pitch), pitch))
-
-
 def prepare(layer: Layer, blocks: int, choice: Choice, short_chains: bool = False, packed: bool = False) -> Prepared:
     """Lay out a pass. Without a compiler the generic sweep takes the place of a specialised one.
 
@@ -149,6 +68,8 @@ def prepare(layer: Layer, blocks: int, choice: Choice, short_chains: bool = Fals
     """
     if choice.sweep == "taps":
         return _prepare_taps(layer, blocks, choice)
+    if choice.sweep == "winograd":
+        return _prepare_winograd(layer, blocks, choice)
     try:
         if codegen.goes_by_channel(choice.sweep):
             return _prepare_channels(layer, blocks, choice, packed)
@@ -162,12 +83,6 @@ def prepare(layer: Layer, blocks: int, choice: Choice, short_chains: bool = Fals
 def warn_once(reason: str) -> None:
     """Say why the generic kernels are used, the first time."""
     logger.warning("specialised convolution kernels are not available, the generic one is slower: %s", reason)
-
-
-def taps_tile(layer: Layer) -> tuple[int, int, int]:
-    """Return a tile that the generic sweep is compiled for."""
-    rows, columns = 2, 4
-    return (1, rows * layer.spread[0], columns * layer.spread[1])
 
 
 def _prepare_taps(layer: Layer, blocks: int, choice: Choice) -> Prepared:
@@ -199,7 +114,7 @@ def _prepare_taps(layer: Layer, blocks: int, choice: Choice) -> Prepared:
         "starts": np.concatenate(starts),
         "offsets": (np.concatenate(offsets) * LANES).astype(np.int32),
         "gather": np.concatenate(gather).astype(np.int32),
-        "sweeps": np.full(_tile_count(layer, blocks, choice), sweep_taps(rows, columns, layer.stride[1]), np.uint64),
+        "sweeps": np.full(tile_count(layer, blocks, choice), sweep_taps(rows, columns, layer.stride[1]), np.uint64),
     })  # fmt: skip
 
 
@@ -261,10 +176,22 @@ def _prepare_channels(layer: Layer, blocks: int, choice: Choice, packed: bool) -
     })  # fmt: skip
 
 
+def _prepare_winograd(layer: Layer, blocks: int, choice: Choice) -> Prepared:
+    """Lay out a pass by Winograd's transform, which has no sweeps: its records are kernels at all points."""
+    if not winograd.applies(layer):
+        raise InvalidArgument(f"choice {choice}: expected a layer of 3x3 kernels without a stride")
+    structure = _structure(layer, blocks, choice)
+    structure.start_h, structure.start_w = -layer.padding[0], -layer.padding[1]
+    structure.part, structure.entries = winograd.part(layer), layer.entries
+    structure.record_weights = len(winograd.POINTS) ** 2
+    structure.records = len(layer.kernels.filters)
+    return Prepared(structure, winograd.arrays(layer, choice.channel_block))
+
+
 def _reads_values(layer: Layer, blocks: int, choice: Choice) -> bool:
     """Tell whether a sweep by channel reads the canonical values: so few tiles do not repay gathering them."""
     pixels = math.prod(choice.tile)
-    return _tile_count(layer, blocks, choice) <= max(1, min(MOST_TILES, pixels // PIXELS_PER_TILE))
+    return tile_count(layer, blocks, choice) <= max(1, min(MOST_TILES, pixels // PIXELS_PER_TILE))
 
 
 def _part(layer: Layer, blocks: int, choice: Choice) -> int:
@@ -273,27 +200,26 @@ def _part(layer: Layer, blocks: int, choice: Choice) -> int:
     Each part reads the window again, and the longer the runs of a part the fewer loops end unforeseen.
     """
     most = filters_at_once(choice.tile)
-    threads, tiles = torch.get_num_threads(), _tile_count(layer, blocks, choice)
+    threads, tiles = torch.get_num_threads(), tile_count(layer, blocks, choice)
     parts = -(-layer.filters // most)
     if tiles < ITEMS_PER_THREAD * threads:
         parts = -(-parts // threads) * threads
     return max(1, -(-layer.filters // parts))
 
 
-def filters_at_once(tile: tuple[int, int, int]) -> int:
-    """Return the filters whose sums fill the first-level cache.
-
-    Windows are in registers meanwhile. The longer the runs, the fewer loops end unforeseen: with half of the cache,
-    layers of 256 filters at 8x were a sixth slower.
-    """
-    return max(MIN_PART, cache_bytes(1) // (4 * math.prod(tile) * LANES))
+def gather(prepared: Prepared, values: Tensor) -> Tensor:
+    """Return the weights of a pass as its sweeps read them, gathered or transformed."""
+    made = prepared.structure
+    weights = torch.empty(made.records * made.record_weights + 1)
+    function("gather_weights")(prepared.address, values.data_ptr(), weights.data_ptr(), torch.get_num_threads())
+    return weights
 
 
 def _structure(layer: Layer, blocks: int, choice: Choice) -> Pass:
     """Fill in what both kinds of passes share."""
     (in_h, in_w), (out_h, out_w), (tile_blocks, tile_h, tile_w) = layer.in_size, layer.out_size, choice.tile
     window = Window.of(layer, choice)
-    items = _tile_count(layer, blocks, choice) // choice.band or 1
+    items = tile_count(layer, blocks, choice) // choice.band or 1
     parts = max(1, min(-(-ITEMS_PER_THREAD * torch.get_num_threads() // items), layer.filters // FILTERS_PER_PART))
     return Pass(
         blocks=blocks, channels=layer.channels, in_h=in_h, in_w=in_w, filters=layer.filters, out_h=out_h, out_w=out_w,
@@ -306,67 +232,18 @@ def _structure(layer: Layer, blocks: int, choice: Choice) -> Pass:
     )  # fmt: skip
 
 
-def _band_width(layer: Layer, choice: Choice) -> int:
-    """Return the output columns of the widest band."""
-    columns = cuts(layer.out_size[1], choice.tile[2], layer.spread[1])
-    bands = cuts(len(columns), choice.band, 1)
-    ends = [columns[first + count - 1][0] + choice.tile[2] for first, count in bands]
-    return max(end - columns[first][0] for (first, _), end in zip(bands, ends, strict=True))
-
-
-def cuts(size: int, tile: int, spread: int) -> list[Pair]:
-    """Return start and length of the tiles along an axis, as `struct Cuts` of convolution.h does."""
-    count, units = -(-size // tile), -(-size // spread)
-    edges = [min(size, i * units // count * spread) for i in range(count + 1)]
-    return [(start, end - start) for start, end in pairwise(edges)]
-
-
-def streams(layer: Layer, blocks: int, tile: tuple[int, int, int]) -> bool:
-    """Tell whether outputs bypass the caches: they are large, and tiles fill whole cache lines (two pixels)."""
-    height, width = layer.out_size
-    large = 4 * LANES * blocks * layer.filters * height * width >= STREAMED_BYTES
-    whole_lines = all(start % 2 == 0 and length % 2 == 0 for start, length in cuts(width, tile[2], layer.spread[1]))
-    return large and whole_lines
-
-
 def can_pool(prepared: Prepared) -> bool:
     """Tell whether a pass can write the largest of each 2 x 2 outputs only (`Pass.max_pool`)."""
     made = prepared.structure
+    if made.transforms:
+        return bool(made.out_h % 2 == made.out_w % 2 == 0)
     tiles = (*cuts(made.out_h, made.tile_h, 1), *cuts(made.out_w, made.tile_w, 1))
     return bool(made.keeps_sums or made.woven) and all(start % 2 == 0 and length % 2 == 0 for start, length in tiles)
 
 
-def _tile_count(layer: Layer, blocks: int, choice: Choice) -> int:
-    rows, columns = (-(-size // tile) for size, tile in zip(layer.out_size, choice.tile[1:], strict=True))
-    return -(-blocks // choice.tile[0]) * rows * columns
-
-
-def tile_shapes(layer: Layer, blocks: int, choice: Choice, window: Window) -> list[TileShape]:
-    """Return the shape of each tile of a pass, along columns, rows, blocks."""
-    return [
-        TileShape(count, rows, columns, window_rows, window_columns)
-        for (_, count), (rows, window_rows), (columns, window_columns) in product(
-            cuts(blocks, choice.tile[0], 1),
-            _axis_shapes(layer, choice, window, 0),
-            _axis_shapes(layer, choice, window, 1),
-        )
-    ]
-
-
-def _axis_shapes(layer: Layer, choice: Choice, window: Window, axis: int) -> list[tuple[int, Pair]]:
-    """Return for each tile along an axis its length and what it reads of its window that is not padding."""
-    stride, spread, origin = layer.stride[axis], layer.spread[axis], window.origin[axis]
-    shapes = []
-    for start, length in cuts(layer.out_size[axis], choice.tile[axis + 1], spread):
-        first = window.start[axis] + start * stride // spread
-        low, high = -(-origin // spread), ((length - 1) * stride + layer.kernel_size - 1 + origin) // spread + 1
-        shapes.append((length, (max(low, -first), min(high, layer.in_size[axis] - first))))
-    return shapes
-
-
 def _chains(layer: Layer, choice: Choice) -> int:
     """Return how many sums of a pixel keep the multiply-add units busy together with its neighbours'."""
-    assert choice.sweep != "taps"
+    assert codegen.is_sweep(choice.sweep)
     register = codegen.REGISTERS[choice.sweep]
     sums = -(-choice.tile[0] // register.blocks) * choice.tile[1] * -(-choice.tile[2] // register.pixels)
     return max(1, min(layer.entries, CHAINS // sums))
@@ -387,7 +264,7 @@ def _specialised_sweeps(
     """
     shapes = tile_shapes(layer, blocks, choice, window)
     distinct = tuple(sorted(set(shapes), key=str))
-    assert choice.sweep != "taps"
+    assert codegen.is_sweep(choice.sweep)
     most = len(layer.patterns)
     group = most if codegen.goes_by_channel(choice.sweep) else min(choice.group, most)
     spec = SweepSpec(

@@ -14,7 +14,8 @@ from clicktrain.kernels.cpu.estimates import estimate
 from clicktrain.kernels.cpu.gradients import prepare_gradient
 from clicktrain.kernels.cpu.layer import Layer, Pair
 from clicktrain.kernels.cpu.library import Lanes, instruction_set
-from clicktrain.kernels.cpu.passes import Choice, Prepared, prepare
+from clicktrain.kernels.cpu.passes import Prepared, prepare
+from clicktrain.kernels.cpu.tiles import Choice
 from clicktrain.kernels.cpu.tuning import choice_for, import_choices, tune_pass
 from clicktrain.kernels.plan import Plan
 
