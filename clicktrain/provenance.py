@@ -15,15 +15,13 @@ from typing import Any, TypeVar
 import torch
 
 from clicktrain import distributed
+from clicktrain.processor import processor
 
 PACKAGES = ("clicktrain", "torch", "torchvision", "numpy", "fvcore", "pydantic", "cupy-cuda12x", "cupy-cuda13x")
 """Distributions whose versions are recorded; one that is absent is left out."""
 
 COMMIT_FILE = "COMMIT"
 """File in the root of a copy without its history: the commit, and ``dirty`` after it where it was changed."""
-
-_SIGNATURE = {"cpu family": "family", "model": "model", "stepping": "stepping"}
-"""Lines of /proc/cpuinfo that tell processors of one name apart, and what they are called here."""
 
 _ROOT = Path(__file__).resolve().parent.parent
 _T = TypeVar("_T")
@@ -58,7 +56,11 @@ def collect(
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "platform": platform.platform(),
-        "cpu": {**processor(), "cores": os.cpu_count(), "usable": len(os.sched_getaffinity(0))},
+        "cpu": {
+            **(_guarded(processor) or {"model": None, "signature": None}),
+            "cores": os.cpu_count(),
+            "usable": len(os.sched_getaffinity(0)),
+        },
         "gpu": _guarded(_gpu),
         "distributed": {"processes": distributed.processes()} if distributed.processes() > 1 else None,
         "threads": {"torch": torch.get_num_threads(), "interop": torch.get_num_interop_threads()},
@@ -105,19 +107,6 @@ def _git(root: Path, *arguments: str) -> str:
 
 def _version(distribution: str) -> str | None:
     return _guarded(lambda: importlib.metadata.version(distribution))
-
-
-def processor() -> dict[str, str | None]:
-    """Return the processor's name, and its signature: clouds call several generations by one name."""
-    facts = _guarded(_cpu_facts) or {}
-    numbers = [f"{name} {facts[key]}" for key, name in _SIGNATURE.items() if key in facts]
-    return {"model": facts.get("model name") or platform.processor() or None, "signature": ", ".join(numbers) or None}
-
-
-def _cpu_facts() -> dict[str, str]:
-    first, _, _ = Path("/proc/cpuinfo").read_text().partition("\n\n")
-    pairs = (line.partition(":") for line in first.splitlines())
-    return {key.strip(): value.strip() for key, _, value in pairs}
 
 
 def _gpu() -> dict[str, Any] | None:

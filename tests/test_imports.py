@@ -21,7 +21,7 @@ ALLOWED = {
 
 # Modules and subpackages of clicktrain, lowest first; each may import its own layer and those below it.
 LAYERS = (
-    {"distributed", "errors", "files", "memory", "provenance", "toml", "_torchvision"},
+    {"distributed", "errors", "files", "memory", "processor", "provenance", "toml", "_torchvision"},
     {"data", "mixup", "models", "patterns", "schedule"},
     {"kernels", "timing"},  # timing calibrates itself with a compute kernel, autotuning needs timing
     {"assignment", "blocked", "budget", "importance"},

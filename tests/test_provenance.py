@@ -62,21 +62,9 @@ def test_no_probe_can_stop_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("no such tool")
 
-    for probe in ("commit", "_cpu_facts", "_gpu"):
+    for probe in ("commit", "processor", "_gpu"):
         monkeypatch.setattr(provenance, probe, fail)
     monkeypatch.setattr("os.getloadavg", fail)
     record = provenance.collect()
     assert record["code"] is record["gpu"] is record["cpu"]["model"] is record["concurrency"]["load"] is None
     assert record["cpu"]["signature"] is None
-
-
-def test_processors_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "vendor_id\t: Some\ncpu family\t: 25\nmodel\t\t: {}\nmodel name\t: Some CPU\nstepping\t: 1\n\nmodel\t: 9\n"
-    found = []
-    for number in (1, 17):
-        monkeypatch.setattr(provenance.Path, "read_text", lambda _, number=number: text.format(number))
-        found.append(provenance.processor())
-    assert found == [
-        {"model": "Some CPU", "signature": "family 25, model 1, stepping 1"},
-        {"model": "Some CPU", "signature": "family 25, model 17, stepping 1"},
-    ]

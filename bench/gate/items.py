@@ -10,6 +10,7 @@ from bench.suite.workloads import MEASURED
 
 KERNEL_SOURCES = (
     "setup.py", "clicktrain/kernels/", "clicktrain/patterns.py", "clicktrain/errors.py", "clicktrain/files.py",
+    "clicktrain/processor.py",
 )  # fmt: skip
 """What compute kernels are made of; a prefix stands for all files below."""
 _CPU = "clicktrain/kernels/cpu/"

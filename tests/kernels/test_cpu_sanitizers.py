@@ -45,6 +45,12 @@ for case in [*CASES.values(), *more]:
     want, got = expected(*case.operands()), run(case)
     assert all(relative_error(got[name], want[name]) < 1e-5 for name in want), case
 
+from tests.kernels.test_winograd import LARGE, check
+
+check(LARGE)
+for size, padding in [((5, 13), (3, 0)), ((1, 9), (1, 1)), ((3, 3), (2, 3))]:
+    check(Case(official_pool(8), 9, 17, 11, size, (1, 1), padding, 0.4, 7))
+
 from torch import nn
 from clicktrain import deploy
 

@@ -25,7 +25,7 @@ from clicktrain.kernels.cpu.layer import Layer
 from clicktrain.kernels.cpu.library import function, instruction_set
 from clicktrain.kernels.cpu.passes import can_pool, gather, prepare
 from clicktrain.kernels.cpu.tiles import MOST_CHANNELS, Choice
-from clicktrain.provenance import processor
+from clicktrain.processor import processor
 
 ROUNDS = 9
 VERSION = 10
