@@ -153,11 +153,16 @@ class Study:
         return {seed: value for seed, value in found.items() if not math.isnan(value)}
 
     def sample_beside(self, method: str, reference: str, figure: str) -> dict[int, float]:
-        """Return a figure to be set against that of another method: a time only where one machine trained both."""
+        """Return a figure to be set against that of another method.
+
+        A time only where one machine trained both, and both had it to themselves or neither.
+        """
         found = self.sample(method, figure)
         if figure != "seconds":
             return found
-        ours, theirs = ({run.spec.seed: run.machine for run in self.of(name)} for name in (method, reference))
+        ours, theirs = (
+            {run.spec.seed: (run.machine, run.exclusive) for run in self.of(name)} for name in (method, reference)
+        )
         return {seed: value for seed, value in found.items() if theirs.get(seed) == ours[seed]}
 
 

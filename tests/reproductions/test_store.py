@@ -38,6 +38,8 @@ def test_times_are_of_runs_that_had_the_machine_to_themselves_if_there_are_any(t
     assert list(study.sample("ClickTrain", "seconds")) == [0, 2]
     assert list(study.sample("ClickTrain", "accuracy")) == [0, 1, 2]
     assert list(study.sample("PAT", "seconds")) == [0, 1, 2]
+    assert list(study.sample_beside("ClickTrain", "dense", "seconds")) == [0, 2]
+    assert study.sample_beside("PAT", "dense", "seconds") == {}, "who shared the machine took longer for it"
 
 
 def share(run: Run) -> None:
