@@ -20,7 +20,7 @@ from clicktrain.errors import InvalidArgument
 from clicktrain.kernels.cpu import backend, estimates, library, passes, tuning, winograd
 from clicktrain.kernels.cpu.layer import Layer
 from clicktrain.kernels.cpu.tiles import Choice
-from clicktrain.patterns import PatternPool, all_patterns, official_pool
+from clicktrain.patterns import PatternPool, all_patterns, full_pool, official_pool
 from tests.deploy.models import dense, error, prune
 from tests.kernels.cases import Case, expected, relative_error
 
@@ -122,14 +122,16 @@ def test_sets_of_filters_hold_every_kernel_once() -> None:
     assert record == len(kernels.filters) == len(found)
 
 
-@pytest.mark.parametrize(
-    ("case", "why"),
-    [
-        (Case(SQUARES, 8, 8, 8, (8, 8), (2, 2), (1, 1), 1.0, seed=1), "a stride"),
-        (Case(all_patterns(1), 8, 8, 8, (8, 8), (1, 2), (1, 1), 1.0, seed=1), "a stride along one axis"),
-    ],
-)
-def test_layers_without_a_transform(case: Case, why: str) -> None:
+WITHOUT = {
+    "stride": Case(SQUARES, 8, 8, 8, (8, 8), (2, 2), (1, 1), 1.0, seed=1),
+    "stride along one axis": Case(SQUARES, 8, 8, 8, (8, 8), (1, 2), (1, 1), 1.0, seed=1),
+    "pointwise": Case(full_pool(1), 8, 8, 8, (8, 8), (1, 1), (0, 0), 1.0, seed=1),
+    "five by five": Case(full_pool(5), 8, 8, 8, (8, 8), (1, 1), (2, 2), 1.0, seed=1),
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT.values(), ids=WITHOUT)
+def test_layers_without_a_transform(case: Case) -> None:
     for layer in (Layer.forward(case.plan()), Layer.transposed(case.plan())):
         assert all(choice.sweep != "winograd" for choice in estimates.candidates(layer, 1, transforms=True))
         with pytest.raises(InvalidArgument, match="expected a layer of 3x3 kernels without a stride"):

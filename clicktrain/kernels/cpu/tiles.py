@@ -29,7 +29,7 @@ class Choice:
     """How a pass is cut up.
 
     The order of sums, hence the last bits, depends on `channel_block` alone, and with sweeps by channel on nothing:
-    they add channel after channel.
+    they add channel after channel. Winograd's transform adds other numbers, and rounds otherwise.
 
     Attributes
     ----------

@@ -40,8 +40,9 @@ def part(layer: Layer) -> int:
 
 def choice(layer: Layer) -> Choice:
     """Return the only way to cut up a pass."""
-    blocks = -(-layer.channels // CHANNELS)
-    return Choice("winograd", (1, TILE, TILE), 1, max(1, -(-layer.channels // blocks)), 1)
+    channels = max(1, layer.channels)
+    blocks = -(-channels // CHANNELS)
+    return Choice("winograd", (1, TILE, TILE), 1, -(-channels // blocks), 1)
 
 
 def arrays(layer: Layer, channel_block: int) -> dict[str, NDArray[Any]]:
